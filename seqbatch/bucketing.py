@@ -1,0 +1,248 @@
+"""Bucketing: sequences of about the same length meet in a batch.
+
+Three ways to choose who meets, one rule for how many:
+
+* *Pool sort* (the default): sequences are drawn into pools of `window`, each pool is sorted, and
+  batches are cut from the sorted row. Every other pool is sorted downwards, so that a batch begun at
+  the end of one pool goes on with neighbours of the same length in the next.
+* *Buckets*: a sequence goes to the smallest edge that holds it, and meets its bucket at random.
+* *Static shapes*: the same, and every batch of a bucket has one shape, for compiled graphs.
+
+How many sequences a batch holds is decided by its longest alone, through one table: `batch_size`, or
+as many as the budget `max_tokens` has room for, padding included. So the budget is a hard limit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from seqbatch.edges import EDGE_RULES, find_edges
+from seqbatch.lengths import as_lengths
+from seqbatch.ordering import IntArray, constant, round_up, stable_order
+from seqbatch.pieces import OVERLONG, Pieces, fit_overlong, not_empty
+from seqbatch.plan import Plan, check_cost, dropped_rows
+from seqbatch.strategy import Strategy, check_choice, check_integer
+
+__all__ = ["Bucketing"]
+
+_NO_LIMIT = 2**62
+_COST_UNIT = 2.0**20
+
+
+@dataclass(frozen=True, repr=False)
+class Bucketing(Strategy):
+    """Batches of similar lengths under a budget of tokens, padding included, or of a fixed size.
+
+    Args:
+        max_tokens: The budget: ``steps * lanes <= max_tokens`` in every batch, padding included.
+            Either this or `batch_size`.
+        batch_size: Sequences of a batch.
+        window: Sequences in a pool; by default the larger of an eighth of all and a hundred batches,
+            which keeps the waste near a full sort's and lets seven of eight mates change each epoch.
+        num_buckets: Use this many buckets with edges found from the lengths (8 for static shapes).
+        bucket_edges: Use these edges: rising inclusive padded lengths. A sequence longer than the last
+            is overlong.
+        edges: How edges are found: ``"optimal"`` (least padding, an exact dynamic programme over the
+            lengths' histogram), ``"quantile"``, ``"equal_tokens"`` or ``"geometric"``.
+        static_shapes: Pad to the bucket's edge, and give all its batches the lanes its edge allows;
+            empty lanes count as cells. At most one shape a bucket.
+        cost: (a, b) makes the budget one of ``a * l + b * l**2`` for each lane of l steps. A batch's
+            cost is rounded to 2**-20 of a token.
+        max_sequences: At most this many sequences in a batch.
+        batch_size_multiple: Lanes are a multiple of this where at least one multiple fits.
+        pad_to_multiple_of: Steps are rounded up to a multiple of this; the budget counts them.
+        overlong: What becomes of a sequence that fits into no batch: ``"error"``, ``"split"``,
+            ``"truncate"``, ``"drop"``, or ``"alone"`` (one lane, the only case over budget).
+        shuffle: Draw pools and mates at random, new in each epoch; False keeps the order of the data.
+        drop_last: Leave out batches that the end of the data, or of a bucket, cut short.
+
+    Raises:
+        TypeError, ValueError: settings of the wrong type or range, or that exclude each other.
+
+    >>> plan = Bucketing(max_tokens=12).plan([5, 1, 6, 2, 3, 1, 6])
+    >>> int((plan.steps * plan.lanes).max()), plan.tokens, plan.cells
+    (12, 24, 26)
+    """
+
+    _: KW_ONLY
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    window: int | None = None
+    num_buckets: int | None = None
+    bucket_edges: Sequence[int] | None = None
+    edges: str = "optimal"
+    static_shapes: bool = False
+    cost: tuple[float, float] = (1.0, 0.0)
+    max_sequences: int | None = None
+    batch_size_multiple: int = 1
+    pad_to_multiple_of: int = 1
+    overlong: str = "error"
+    shuffle: bool = True  # type: ignore[misc]
+    drop_last: bool = False
+
+    at_least = dict.fromkeys(
+        ("max_tokens", "batch_size", "window", "num_buckets", "max_sequences", "batch_size_multiple"), 1
+    ) | {"pad_to_multiple_of": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "cost", check_cost(self.cost))
+        check_choice("edges", self.edges, tuple(EDGE_RULES))
+        check_choice("overlong", self.overlong, OVERLONG)
+        if self.bucket_edges is not None:
+            object.__setattr__(self, "bucket_edges", _check_edges(self.bucket_edges))
+        self._check_together()
+        if not self._lanes_at(np.array([self.pad_to_multiple_of]))[0]:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} has no room for one sequence of {self.pad_to_multiple_of} steps"
+                f" at cost={self.cost}: raise max_tokens, or lower pad_to_multiple_of or the cost"
+            )
+
+    def _check_together(self) -> None:
+        """Raise where two settings exclude each other."""
+        if (self.max_tokens is None) == (self.batch_size is None):
+            raise ValueError(
+                f"give either max_tokens or batch_size, got max_tokens={self.max_tokens} and batch_size={self.batch_size}"
+            )
+        if self.batch_size is not None:
+            for name, default in (("cost", (1.0, 0.0)), ("max_sequences", None), ("batch_size_multiple", 1)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)} goes with max_tokens; with batch_size leave it out")
+        if self.bucket_edges is not None and (self.num_buckets is not None or self.edges != "optimal"):
+            raise ValueError("bucket_edges are the edges: leave num_buckets and edges out")
+        if self.window is not None and self._has_buckets:
+            raise ValueError("window is for pool sort: leave it out with buckets or static_shapes")
+        if self.edges != "optimal" and not self._has_buckets:
+            raise ValueError(f"edges={self.edges!r} needs num_buckets or static_shapes=True")
+
+    @property
+    def _has_buckets(self) -> bool:
+        return self.static_shapes or self.num_buckets is not None or self.bucket_edges is not None
+
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+        from seqbatch.kernels import cut_batches
+
+        pieces, empty = not_empty(as_lengths(lengths))
+        limit, why = self._limit(int(pieces.length.max(initial=1)))
+        pieces, overlong = fit_overlong(pieces, limit, self.overlong, why)
+        order = self._order(len(pieces.length), seed, epoch)
+        arranged = (self._into_buckets if self._has_buckets else self._into_pools)(pieces.length, order, limit)
+        lanes = self._lanes_at(arranged.steps)
+        lanes[arranged.steps > round_up(np.array([limit]), self.pad_to_multiple_of)] = 0
+        codes = arranged.codes[arranged.order]
+        ends, longest = np.empty(len(codes), np.int64), np.empty(len(codes), np.int64)
+        count = cut_batches(codes, lanes, self.batch_size_multiple, arranged.stops, ends, longest)
+        ends, longest = ends[:count].copy(), longest[:count].copy()
+        sizes, steps, lanes = np.diff(ends, prepend=0), arranged.steps[longest], lanes[longest]
+        kept = (sizes >= lanes) | ~np.isin(ends, arranged.stops) | (not self.drop_last)
+        columns = pieces.take(arranged.order)
+        dropped = [empty, overlong]
+        if not kept.all():
+            stays = np.repeat(kept, sizes)
+            dropped.append(dropped_rows("drop_last", *(column[~stays] for column in columns)))
+            columns = tuple(column[stays] for column in columns)
+            sizes, steps, lanes = sizes[kept], steps[kept], lanes[kept]
+        ends = np.cumsum(sizes)
+        return Plan(
+            sequence=columns[0],
+            start=columns[1],
+            length=columns[2],
+            step=constant(0, len(columns[0])),
+            lane=np.arange(len(columns[0])) - np.repeat(ends - sizes, sizes),
+            batch_ptr=np.append([0], ends),
+            steps=steps,
+            lanes=np.maximum(lanes, 1) if self.static_shapes else sizes,
+            dropped=np.concatenate(dropped),
+            **self._provenance(seed, epoch),
+        )
+
+    def _lanes_at(self, steps: IntArray) -> IntArray:
+        """How many lanes a batch of so many steps may have; 0 where not even one fits."""
+        if self.max_tokens is None:
+            return np.full(len(steps), self.batch_size)
+        a, b = self.cost
+        each = a * steps + b * (steps.astype(np.float64) * steps)
+        # Whole numbers, so that no platform's last bit decides what fits.
+        each = np.maximum(np.rint(np.minimum(each * _COST_UNIT, _NO_LIMIT)).astype(np.int64), 1)
+        lanes = min(int(self.max_tokens * _COST_UNIT), _NO_LIMIT) // each
+        lanes = np.minimum(lanes, self.max_sequences or _NO_LIMIT)
+        return np.where(lanes > self.batch_size_multiple, lanes - lanes % self.batch_size_multiple, lanes)
+
+    def _limit(self, longest: int) -> tuple[int, str]:
+        """The most tokens a lane may hold, up to `longest`, and the setting that says so."""
+        why = f"max_tokens={self.max_tokens}" + ("" if self.cost == (1.0, 0.0) else f" at cost={self.cost}")
+        low, high = 0, longest
+        if self.bucket_edges is not None and self.bucket_edges[-1] < longest:
+            high, why = self.bucket_edges[-1], f"the last of bucket_edges, {self.bucket_edges[-1]},"
+        top = high
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._lanes_at(round_up(np.array([middle]), self.pad_to_multiple_of))[0]:
+                low = middle
+            else:
+                high = middle - 1
+        if low < top:
+            why = f"max_tokens={self.max_tokens} with cost={self.cost}, pad_to_multiple_of={self.pad_to_multiple_of}"
+        return low, why
+
+    def _into_pools(self, length: IntArray, order: IntArray, limit: int) -> "_Arranged":
+        """Cut the order into pools and sort each, every other one downwards."""
+        count = len(length)
+        values, codes = _classes(length)
+        per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(int(length.sum()), 1)
+        window = min(self.window or max(-(-count // 8), 100 * per_batch), max(count, 1))
+        pool = np.arange(count) // window
+        key = codes[order]
+        np.subtract(len(values) - 1, key, out=key, where=pool % 2 == 1)
+        key += pool * len(values)
+        order = order[stable_order(key, bound=len(values) * (count // window + 1))]
+        return _Arranged(round_up(values, self.pad_to_multiple_of), codes, order, np.array([count]))
+
+    def _into_buckets(self, length: IntArray, order: IntArray, limit: int) -> "_Arranged":
+        """Send every sequence to the smallest edge that holds it; those that none holds come last."""
+        multiple = self.pad_to_multiple_of
+        fitting = length[length <= limit]
+        if self.bucket_edges is not None:
+            edges = np.unique(round_up(np.array(self.bucket_edges), multiple))
+        elif len(fitting):
+            edges = find_edges(fitting, self.num_buckets or 8, rule=self.edges, multiple=multiple)
+        else:
+            edges = np.array([limit])
+        bucket = np.where(length <= limit, np.searchsorted(edges, length), len(edges))
+        order = order[stable_order(bucket[order], bound=len(edges) + 1)]
+        stops = np.cumsum(np.bincount(bucket, minlength=len(edges) + 1))
+        if not self.static_shapes:
+            values, codes = _classes(length)
+            return _Arranged(round_up(values, multiple), codes, order, stops)
+        alone, own_code = np.unique(round_up(length[length > limit], multiple), return_inverse=True)
+        bucket[length > limit] += own_code
+        return _Arranged(np.concatenate([edges, alone]), bucket, order, stops)
+
+
+class _Arranged(NamedTuple):
+    """A row of pieces to cut batches from."""
+
+    steps: IntArray  # (classes,) padded length of each class
+    codes: IntArray  # (P,) class of each piece, larger for longer ones
+    order: IntArray  # (P,) the row, as positions of pieces
+    stops: IntArray  # positions in the row that no batch crosses
+
+
+def _classes(length: IntArray) -> tuple[IntArray, IntArray]:
+    """Return (values, codes) with ``values[codes] == length``, values rising."""
+    longest = int(length.max(initial=0))
+    if longest < max(len(length), 1 << 16):
+        return np.arange(longest + 1), length
+    values, codes = np.unique(length, return_inverse=True)
+    return values, codes
+
+
+def _check_edges(edges: Sequence[int]) -> tuple[int, ...]:
+    numbers = tuple(check_integer("an edge of bucket_edges", edge, at_least=1) for edge in edges)
+    if not numbers or any(a >= b for a, b in pairwise(numbers)):
+        raise ValueError(f"bucket_edges must rise, each edge once, got {numbers}: use sorted(set(bucket_edges))")
+    return numbers

@@ -1,0 +1,288 @@
+"""The few loops of planning that numpy cannot express, compiled by numba on first use.
+
+Each takes and fills plain integer arrays and releases the interpreter's lock. The naive twin of each
+is in the tests. Compiled code is kept on disk where a folder can be written, so that a program's
+second run starts at once.
+"""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from numba import njit
+
+from seqbatch.ordering import IntArray
+
+__all__ = ["best_fit", "cut_batches", "first_free", "group_by", "next_fit", "optimal_splits"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    try:
+        kernel: Callable[P, R] = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba found no folder to write to: compile once a process
+        kernel = njit(nogil=True)(function)
+    return kernel
+
+
+@_compiled
+def cut_batches(codes: IntArray, fits: IntArray, multiple: int, stops: IntArray, ends: IntArray, longest: IntArray) -> int:
+    """Cut a row of sequences into batches, each as large as its longest sequence allows.
+
+    Args:
+        codes: (N,) length class of each sequence, larger for longer ones.
+        fits: (classes,) how many sequences a batch may hold whose longest is of that class; 0 means
+            that such a sequence is alone. Never increasing.
+        multiple: A batch of more than `multiple` sequences holds a multiple of it.
+        stops: Positions, rising to N, that no batch crosses.
+        ends: (N,) filled with the end of each batch.
+        longest: (N,) filled with the largest code of each batch.
+
+    Returns:
+        The number of batches.
+    """
+    count = begin = 0
+    for stop in stops:
+        while begin < stop:
+            most = codes[begin]
+            end = begin + 1
+            while end < stop:
+                code = max(most, codes[end])
+                if end - begin >= fits[code]:
+                    break
+                most = code
+                end += 1
+            extra = (end - begin) % multiple
+            if extra and end - begin > multiple:
+                end -= extra
+                most = codes[begin:end].max()
+            ends[count] = end
+            longest[count] = most
+            count += 1
+            begin = end
+    return count
+
+
+@_compiled
+def first_free(reserved: IntArray, num_lanes: int, lane: IntArray, begin: IntArray) -> None:
+    """Give each sequence in turn to the lane that is free first, the lowest of several.
+
+    Args:
+        reserved: (N,) steps for which a sequence occupies its lane.
+        num_lanes: Lanes.
+        lane: (N,) filled with the lane of each sequence.
+        begin: (N,) filled with its first step in that lane.
+    """
+    free_at = np.zeros(num_lanes, np.int64)
+    heap = np.arange(num_lanes)  # lanes; the root is free first
+    for i in range(len(reserved)):
+        top = heap[0]
+        lane[i] = top
+        begin[i] = free_at[top]
+        time = free_at[top] + reserved[i]
+        free_at[top] = time
+        node = 0
+        while True:
+            child = 2 * node + 1
+            if child >= num_lanes:
+                break
+            other = child + 1
+            if other < num_lanes and (
+                free_at[heap[other]] < free_at[heap[child]]
+                or (free_at[heap[other]] == free_at[heap[child]] and heap[other] < heap[child])
+            ):
+                child = other
+            smallest = heap[child]
+            if time < free_at[smallest] or (time == free_at[smallest] and top < smallest):
+                break
+            heap[node] = smallest
+            node = child
+        heap[node] = top
+
+
+@_compiled
+def next_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArray) -> int:
+    """Fill bins one after another, in the order the sequences come.
+
+    Args:
+        lengths: (N,) tokens, each at most `capacity`.
+        capacity: Tokens a bin holds.
+        max_sequences: Sequences a bin holds.
+        bins: (N,) filled with the bin of each sequence, never falling.
+
+    Returns:
+        The number of bins.
+    """
+    count, room, held = 0, 0, 0
+    for i in range(len(lengths)):
+        if lengths[i] > room or held == max_sequences or count == 0:
+            count += 1
+            room = capacity
+            held = 0
+        bins[i] = count - 1
+        room -= lengths[i]
+        held += 1
+    return count
+
+
+@_compiled
+def best_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArray) -> int:
+    """Put each sequence into the fullest bin that still holds it, in the order they come.
+
+    Bins are kept in a stack per room left. A set of bits says which stacks are not empty, 64 to a
+    word, and a second set which words are not 0, so the fullest bin is found in a few instructions.
+    Sequences of one length that follow each other go into a bin together, as best fit would send
+    them: what is left of it then is the smallest room that holds the next one.
+
+    Args:
+        lengths: (N,) tokens, each at most `capacity`; longest first makes it best-fit decreasing.
+        capacity: Tokens a bin holds.
+        max_sequences: Sequences a bin holds.
+        bins: (N,) filled with the bin of each sequence.
+
+    Returns:
+        The number of bins.
+    """
+    words = (capacity >> 6) + 1
+    word_bits = np.zeros(words, np.uint64)
+    summary = np.zeros((words >> 6) + 1, np.uint64)
+    stack = np.full(capacity + 1, -1, np.int64)
+    below = np.empty(len(lengths), np.int64)
+    held = np.zeros(len(lengths), np.int64)
+    one = np.uint64(1)
+    count = i = 0
+    while i < len(lengths):
+        length = lengths[i]
+        room = _next_bit(word_bits, summary, length)
+        if room < 0:
+            room, bin_ = capacity, count
+            count += 1
+        else:
+            bin_ = stack[room]
+            stack[room] = below[bin_]
+            if stack[room] < 0:
+                word_bits[room >> 6] &= ~(one << np.uint64(room & 63))
+                if word_bits[room >> 6] == 0:
+                    summary[room >> 12] &= ~(one << np.uint64((room >> 6) & 63))
+        while i < len(lengths) and lengths[i] == length and room >= length and held[bin_] < max_sequences:
+            bins[i] = bin_
+            room -= length
+            held[bin_] += 1
+            i += 1
+        if room > 0 and held[bin_] < max_sequences:
+            below[bin_] = stack[room]
+            stack[room] = bin_
+            word_bits[room >> 6] |= one << np.uint64(room & 63)
+            summary[room >> 12] |= one << np.uint64((room >> 6) & 63)
+    return count
+
+
+@_compiled
+def _next_bit(word_bits: IntArray, summary: IntArray, start: int) -> int:
+    """Return the smallest bit from `start` on that is set, or -1."""
+    word = start >> 6
+    bits = word_bits[word] >> np.uint64(start & 63)
+    if bits != 0:
+        return start + _lowest_bit(bits)
+    word += 1
+    block = word >> 6
+    if block >= len(summary):
+        return -1
+    bits = summary[block] >> np.uint64(word & 63) << np.uint64(word & 63)
+    while bits == 0:
+        block += 1
+        if block == len(summary):
+            return -1
+        bits = summary[block]
+    word = (block << 6) + _lowest_bit(bits)
+    return (word << 6) + _lowest_bit(word_bits[word])
+
+
+@_compiled
+def _lowest_bit(bits: int) -> int:
+    """Return the position of the lowest bit of a word that is not 0."""
+    position = 0
+    for width in (32, 16, 8, 4, 2, 1):
+        if bits & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)) == 0:
+            bits >>= np.uint64(width)
+            position += width
+    return position
+
+
+@_compiled
+def group_by(groups: IntArray, lengths: IntArray, ends: IntArray, order: IntArray, offset: IntArray) -> None:
+    """Gather the members of each group, in the order they come, end to end.
+
+    Args:
+        groups: (N,) the group of each member.
+        lengths: (N,) how much room each member takes.
+        ends: (groups,) members of that group and those before it; changed in place to begins.
+        order: (N,) filled with the members' positions, group after group.
+        offset: (N,) filled, in that order, with the room taken by earlier members of the group.
+    """
+    for i in range(len(groups) - 1, -1, -1):
+        ends[groups[i]] -= 1
+        order[ends[groups[i]]] = i
+    last = -1
+    room = 0
+    for i in range(len(order)):
+        if groups[order[i]] != last:
+            last = groups[order[i]]
+            room = 0
+        offset[i] = room
+        room += lengths[order[i]]
+
+
+@_compiled
+def optimal_splits(values: IntArray, counts: IntArray, num_splits: int) -> IntArray:
+    """Return the positions of the edges that give the fewest cells, by dynamic programming.
+
+    ``cells[k, j]``, the fewest cells for the classes up to j in k buckets, is the least of
+    ``cells[k - 1, i] + values[j] * (count of the classes after i up to j)`` over i < j. The best i
+    never falls as j rises, so each level is solved by halving j and keeping i between its
+    neighbours' solutions: O(K U log U) for U classes, exactly.
+
+    Args:
+        values: (U,) rising edges to choose from, the last one is always chosen.
+        counts: (U,) sequences of each class.
+        num_splits: K, at most U.
+
+    Returns:
+        (K,) rising positions in `values`.
+    """
+    classes = len(values)
+    total = np.zeros(classes + 1, np.int64)
+    for i in range(classes):
+        total[i + 1] = total[i] + counts[i]
+    cells = values * total[1:]
+    best = np.zeros((num_splits, classes), np.int64)
+    stack = np.empty((128, 4), np.int64)
+    for k in range(1, num_splits):
+        fewer = cells.copy()
+        depth = 0
+        stack[0] = (k, classes - 1, k, classes - 1)
+        while depth >= 0:
+            low, high, from_, to = stack[depth]
+            depth -= 1
+            if low > high:
+                continue
+            j = (low + high) // 2
+            least, at = -1, from_
+            for i in range(from_, min(to, j) + 1):
+                total_cells = fewer[i - 1] + values[j] * (total[j + 1] - total[i])
+                if least < 0 or total_cells < least:
+                    least, at = total_cells, i
+            cells[j] = least
+            best[k, j] = at
+            depth += 1
+            stack[depth] = (low, j - 1, from_, at)
+            depth += 1
+            stack[depth] = (j + 1, high, at, to)
+    edges = np.empty(num_splits, np.int64)
+    j = classes - 1
+    for k in range(num_splits - 1, -1, -1):
+        edges[k] = j
+        j = best[k, j] - 1
+    return edges

@@ -1,0 +1,406 @@
+"""The only input of a strategy: how long each sequence is, from arrays, files or the bundled corpora."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seqbatch.strategy import check_choice
+
+__all__ = ["UNITS", "as_lengths", "corpus_names", "describe", "load_corpus", "read_lengths"]
+
+UNITS = ("words", "characters", "bytes")
+
+_MOST_TOKENS = 2**62  # planners add lengths in int64: one bit is left for sums of steps and padding
+_CORPUS_SUFFIX = ".txt.gz"
+
+
+def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+    """Return `lengths` as every strategy needs them, or say what is wrong with them.
+
+    Args:
+        lengths: (N,) tokens of each sequence, N >= 1: a list, tensor, pandas Series or array of any
+            integer dtype. A length may be 0 (an empty sequence).
+
+    Returns:
+        (N,) int64, C-contiguous; the array given, not a copy, where it is that already.
+
+    Raises:
+        TypeError: floats, booleans, strings or objects.
+        ValueError: no lengths, not one dimension, a negative length, or more than 2**62 tokens in all.
+
+    >>> as_lengths([3, 0, 2])
+    array([3, 0, 2])
+    >>> as_lengths([3.0, 2.0])
+    Traceback (most recent call last):
+    TypeError: lengths must be integers, got float64: round them as you see fit, then .astype(np.int64)
+    """
+    array = _as_vector(lengths)
+    if array.dtype.kind not in "iu":
+        raise TypeError(_not_integers(array))
+    smallest, largest = int(array.min()), int(array.max())
+    if smallest < 0:
+        first = int(np.flatnonzero(array < 0)[0])
+        raise ValueError(f"lengths must not be negative, got {array[first]} at index {first}")
+    if largest > _MOST_TOKENS or (largest * len(array) > _MOST_TOKENS and _exact_sum(array) > _MOST_TOKENS):
+        raise ValueError(f"lengths add up to more than 2**62 tokens (the longest is {largest}): are they in the right unit?")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def describe(lengths: ArrayLike) -> dict[str, float | int]:
+    """Return the statistics that decide how much padding costs, in tokens.
+
+    Args:
+        lengths: (N,) integers.
+
+    Returns:
+        ``count`` of all sequences and how many are ``empty``; then, **of the non-empty ones**:
+        ``tokens`` in all, ``mean``, ``std`` (of the population), ``cv`` = std / mean, ``min``, the
+        percentiles ``p05`` ``p25`` ``median`` ``p75`` ``p95`` ``p99`` (linear interpolation), ``max``.
+
+    Raises:
+        TypeError, ValueError: as :func:`as_lengths`, and where all sequences are empty.
+
+    >>> describe([1, 2, 0, 3])["median"]
+    2.0
+    """
+    array = as_lengths(lengths)
+    filled = array[array > 0]
+    if not len(filled):
+        raise ValueError(f"all {len(array)} sequences are empty: there is nothing to describe")
+    mean, std = float(filled.mean()), float(filled.std())
+    result: dict[str, float | int] = {"count": len(array), "empty": len(array) - len(filled), "tokens": int(filled.sum())}
+    result |= {"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())}
+    names = ("p05", "p25", "median", "p75", "p95", "p99")
+    result |= dict(zip(names, np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist(), strict=True))
+    return result | {"max": int(filled.max())}
+
+
+def corpus_names() -> list[str]:
+    """Return the names of the bundled corpora, see ``seqbatch/corpora/README.md`` for units and sources.
+
+    >>> "ud_en_ewt" in corpus_names()
+    True
+    """
+    names = (entry.name for entry in files("seqbatch.corpora").iterdir())
+    return sorted(name.removesuffix(_CORPUS_SUFFIX) for name in names if name.endswith(_CORPUS_SUFFIX))
+
+
+def load_corpus(name: str) -> NDArray[np.int64]:
+    """Return the lengths of a bundled corpus, in the order of its source.
+
+    Args:
+        name: One of :func:`corpus_names`.
+
+    Returns:
+        (N,) int64, all positive, in the unit that ``seqbatch/corpora/README.md`` names.
+
+    Raises:
+        ValueError: no such corpus.
+
+    >>> load_corpus("ud_en_ewt")[:3]
+    array([ 7,  2, 35])
+    """
+    check_choice("corpus", name, corpus_names())
+    content = (files("seqbatch.corpora") / (name + _CORPUS_SUFFIX)).read_bytes()
+    return as_lengths(np.fromstring(gzip.decompress(content), np.int64, sep="\n"))
+
+
+def read_lengths(
+    source: str | os.PathLike[str], *, column: str | None = None, unit: str | None = None
+) -> NDArray[np.int64]:
+    """Read the length of each sequence from a file, gzipped or not, the format told by its suffix.
+
+    ==================== =============================================================================
+    ``.npy``             an array of integers; pickles are refused
+    ``.csv`` ``.tsv``    `column` of integers, or of texts with `unit`; a header line names the columns
+    ``.jsonl``           `column` of integers, of lists (their length), or of texts with `unit`
+    ``.parquet``         the same; needs pyarrow
+    ``.fasta`` ``.fa`` ``.faa`` residues of each record
+    any other, and ``-`` one integer per line; with `unit` one sequence per line, a blank one is empty
+    ==================== =============================================================================
+
+    Args:
+        source: A path, or ``"-"`` for standard input.
+        column: Which column or key; may be left out where there is only one.
+        unit: Measure texts in ``"words"`` (split at whitespace), ``"characters"`` or (UTF-8)
+            ``"bytes"``, ends of lines not counted.
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: nothing to read there.
+        ImportError: a ``.parquet`` without pyarrow.
+        TypeError, ValueError: an empty, corrupt or binary file, a line that is no length (named by
+            its number), a column that is missing or not named, and as :func:`as_lengths`.
+
+    >>> from pathlib import Path; from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "text.txt")
+    ...     _ = path.write_text("the cat sat\\n\\nso it did\\n")
+    ...     read_lengths(path, unit="words")
+    array([3, 0, 3])
+    """
+    if unit is not None:
+        check_choice("unit", unit, UNITS)
+    name = os.fspath(source)
+    request = _Request("standard input" if name == "-" else name, column, unit)
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    try:
+        with _opened(request.name, name) as stream:
+            values = _READERS.get(suffix, _read_text)(request, stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{request.name}: the gzip data are corrupt or truncated ({error})") from error
+    try:
+        return as_lengths(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{request.name}: {error}") from None
+
+
+def _as_vector(lengths: ArrayLike) -> NDArray[Any]:
+    try:
+        array = np.asarray(lengths)
+    except ValueError as error:
+        raise ValueError(f"lengths must have one dimension: {error}") from None
+    if array.ndim != 1:
+        raise ValueError(f"lengths must have one dimension, got {type(lengths).__name__} of shape {array.shape}")
+    if not len(array):
+        raise ValueError("lengths must name at least one sequence, got none")
+    return array
+
+
+def _not_integers(array: NDArray[Any]) -> str:
+    message = f"lengths must be integers, got {array.dtype}"
+    if array.dtype.kind == "f":
+        missing = int(np.isnan(array).sum())
+        holes = f" with {missing} NaN: drop or fill them," if missing else ":"
+        return f"{message}{holes} round them as you see fit, then .astype(np.int64)"
+    if array.dtype.kind == "b":
+        return f"{message}: a mask is no length; if 0 and 1 are meant, .astype(np.int64)"
+    return f"{message} (first value {array[0]!r:.40}): convert them with .astype(np.int64)"
+
+
+def _exact_sum(array: NDArray[Any]) -> int:
+    return (int((array >> 32).sum()) << 32) + int((array & 0xFFFFFFFF).sum())
+
+
+class _Request(NamedTuple):
+    """What the reader of a format needs to know, and to name in its errors."""
+
+    name: str
+    column: str | None
+    unit: str | None
+
+    def refuse(self, line: int, why: str) -> NoReturn:
+        raise ValueError(f"{self.name}, line {line}: {why}")
+
+    def choose(self, columns: list[str]) -> str:
+        there = f"it has {', '.join(map(repr, columns)) or 'none'}"
+        if self.column is None and len(columns) != 1:
+            raise ValueError(f"{self.name}: which column? Name one with column=; {there}")
+        if self.column is not None and self.column not in columns:
+            raise ValueError(f"{self.name} has no column {self.column!r}; {there}")
+        return self.column if self.column is not None else columns[0]
+
+    def no_column(self, what: str) -> None:
+        if self.column is not None:
+            raise ValueError(f"{self.name} is read as {what}, which has no columns: leave out column={self.column!r}")
+
+
+@contextmanager
+def _opened(label: str, path: str) -> Iterator[BinaryIO]:
+    """Open a file or standard input; gzip is told by its first bytes, whatever the file is called."""
+    if path != "-" and os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a directory: name one file")
+    raw = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+    file = io.BufferedReader(cast(io.RawIOBase, raw))
+    try:
+        zipped = file.peek(2)[:2] == b"\x1f\x8b"
+        stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file))) if zipped else file
+        if not stream.peek(1):
+            raise ValueError(f"{label} is empty")
+        yield stream
+    finally:
+        if path == "-":
+            file.detach()
+        else:
+            file.close()
+
+
+def _lines(request: _Request, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield each line's number and text, without its end."""
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(BOM_UTF8) if number == 1 else line
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            request.refuse(number, "looks binary (not UTF-8 text); the formats are in help(seqbatch.read_lengths)")
+        if "\0" in text:
+            request.refuse(number, "looks binary (a NUL byte); the formats are in help(seqbatch.read_lengths)")
+        yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def _records(request: _Request, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield lines as `_lines` does, but not the blank ones that end a file."""
+    blank = []
+    for number, text in _lines(request, stream):
+        blank.append((number, text))
+        if text.strip(" "):
+            yield from blank
+            blank.clear()
+
+
+def _measure(text: str, unit: str) -> int:
+    if unit == "words":
+        return len(text.split())
+    return len(text) if unit == "characters" else len(text.encode(errors="surrogatepass"))
+
+
+def _integer(request: _Request, number: int, text: str) -> int:
+    digits = text.strip()
+    if not digits:
+        request.refuse(number, "blank, but each line must be a length; with unit= a blank line is an empty sequence")
+    if not (digits.isascii() and digits.isdigit()):
+        hint = f"to measure texts give unit=, one of {', '.join(map(repr, UNITS))}"
+        request.refuse(number, f"{digits[:40]!r} is not a non-negative integer; {hint}")
+    if len(digits.lstrip("0")) > 19:  # 2**62 has 19 digits; int() itself refuses more than 4300
+        request.refuse(number, f"{digits[:40]} is beyond 2**62 tokens")
+    return int(digits)
+
+
+def _length(request: _Request, where: str, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return len(value)
+    if isinstance(value, str) and request.unit is not None:
+        return _measure(value, request.unit)
+    hint = f"give unit=, one of {', '.join(map(repr, UNITS))}" if isinstance(value, str) else "an integer or a list is needed"
+    raise ValueError(f"{request.name}, {where}: {value!r:.40} is not a length; {hint}")
+
+
+def _parse_digits(data: bytes) -> NDArray[np.int64] | None:
+    """Parse one integer per line, or return None where a line may be anything else."""
+    body = data.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").rstrip()
+    if not body or body.translate(None, b"0123456789\n") or body.startswith(b"\n") or b"\n\n" in body:
+        return None
+    values = np.fromstring(body, np.int64, sep="\n")
+    return values if values.max() < _MOST_TOKENS else None  # more digits than int64 has parse as its maximum
+
+
+def _read_text(request: _Request, stream: BinaryIO) -> ArrayLike:
+    request.no_column("text")
+    if request.unit is not None:
+        unit = request.unit
+        return np.fromiter((_measure(text, unit) for _, text in _lines(request, stream)), np.int64)
+    data = stream.read()
+    values = _parse_digits(data)
+    if values is not None:
+        return values
+    return [_integer(request, number, text) for number, text in _records(request, io.BytesIO(data))]
+
+
+def _read_npy(request: _Request, stream: BinaryIO) -> ArrayLike:
+    request.no_column("an array")
+    if request.unit is not None:
+        raise ValueError(f"{request.name} holds numbers, not texts: leave out unit={request.unit!r}")
+    try:
+        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(stream.read()), allow_pickle=False)
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"{request.name} is not a .npy file of integers, or is truncated ({error})") from error
+    return array
+
+
+def _read_csv(request: _Request, stream: BinaryIO, delimiter: str = ",") -> ArrayLike:
+    rows = csv.reader((text + "\n" for _, text in _records(request, stream)), delimiter=delimiter)
+    try:
+        header = next(rows, [])
+        index = header.index(request.choose(header))
+        if request.column is None and header[0].strip().isdigit():
+            request.refuse(1, f"{header[0]!r} names no column: a header line is needed, or call the file .txt")
+        return [_cell(request, rows.line_num, row, index, len(header)) for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{request.name}, line {rows.line_num}: {error}") from error
+
+
+def _cell(request: _Request, number: int, row: list[str], index: int, width: int) -> int:
+    if len(row) <= index and width > 1:
+        request.refuse(number, f"{len(row)} of {width} columns are there")
+    text = row[index] if row else ""
+    return _integer(request, number, text) if request.unit is None else _measure(text, request.unit)
+
+
+def _read_tsv(request: _Request, stream: BinaryIO) -> ArrayLike:
+    return _read_csv(request, stream, "\t")
+
+
+def _read_jsonl(request: _Request, stream: BinaryIO) -> ArrayLike:
+    return [_json_length(request, number, text) for number, text in _records(request, stream)]
+
+
+def _json_length(request: _Request, number: int, text: str) -> int:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        request.refuse(number, f"not JSON ({error})")
+    if not isinstance(record, dict):
+        request.refuse(number, f"{text[:40]} is not a JSON object with a key for the length")
+    if number == 1 or request.column not in record:
+        request = request._replace(name=f"{request.name}, line {number}")
+    return _length(request, f"line {number}", record[request.choose(list(record))])
+
+
+def _read_parquet(request: _Request, stream: BinaryIO) -> ArrayLike:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"reading {request.name} needs pyarrow: pip install pyarrow") from error
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))
+        column = request.choose(file.schema_arrow.names)
+        values = file.read(columns=[column]).column(0)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{request.name} is not a parquet file, or is corrupt ({error})") from error
+    if pyarrow.types.is_integer(values.type) and not values.null_count:
+        array: NDArray[Any] = values.to_numpy()
+        return array
+    return [_length(request, f"row {row}", value) for row, value in enumerate(values.to_pylist(), 1)]
+
+
+def _read_fasta(request: _Request, stream: BinaryIO) -> ArrayLike:
+    request.no_column("FASTA")
+    if request.unit not in (None, "characters"):
+        raise ValueError(f"{request.name}: FASTA records are measured in 'characters', got unit={request.unit!r}")
+    counts: list[int] = []
+    for number, text in _lines(request, stream):
+        if text.startswith(">"):
+            counts.append(0)
+        elif counts:
+            counts[-1] += len("".join(text.split()))
+        elif text.strip():
+            request.refuse(number, f"{text[:40]!r} comes before the first record, which begins with '>'")
+    return counts
+
+
+_READERS: dict[str, Callable[[_Request, BinaryIO], ArrayLike]] = {
+    ".npy": _read_npy,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    **dict.fromkeys((".fasta", ".fa", ".faa"), _read_fasta),
+}
