@@ -130,18 +130,18 @@ class Bucketing(Strategy):
         limit, why = self._limit(int(pieces.length.max(initial=1)))
         pieces, overlong = fit_overlong(pieces, limit, self.overlong, why)
         order = self._order(len(pieces.length), seed, epoch)
-        arranged = (self._into_buckets if self._has_buckets else self._into_pools)(pieces.length, order, limit)
-        lanes = self._lanes_at(arranged.steps)
-        lanes[arranged.steps > round_up(np.array([limit]), self.pad_to_multiple_of)] = 0
-        codes = arranged.codes[arranged.order]
-        ends, longest = np.empty(len(codes), np.int64), np.empty(len(codes), np.int64)
-        count = cut_batches(codes, lanes, self.batch_size_multiple, arranged.stops, ends, longest)
+        row = (self._into_buckets if self._has_buckets else self._into_pools)(pieces.length, order, limit)
+        steps = round_up(row.values, self.pad_to_multiple_of)
+        lanes = self._lanes_at(steps)
+        lanes[row.alone_from :] = 0
+        ends, longest = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+        count = cut_batches(row.codes, lanes, self.batch_size_multiple, row.stops, ends, longest)
         ends, longest = ends[:count].copy(), longest[:count].copy()
-        sizes, steps, lanes = np.diff(ends, prepend=0), arranged.steps[longest], lanes[longest]
-        kept = (sizes >= lanes) | ~np.isin(ends, arranged.stops) | (not self.drop_last)
-        columns = pieces.take(arranged.order)
+        sizes, steps, lanes = np.diff(ends, prepend=0), steps[longest], lanes[longest]
+        columns = (*pieces.take(row.order), row.length)
         dropped = [empty, overlong]
-        if not kept.all():
+        if self.drop_last:
+            kept = (sizes >= lanes) | ~np.isin(ends, row.stops)
             stays = np.repeat(kept, sizes)
             dropped.append(dropped_rows("drop_last", *(column[~stays] for column in columns)))
             columns = tuple(column[stays] for column in columns)
@@ -189,20 +189,25 @@ class Bucketing(Strategy):
             why = f"max_tokens={self.max_tokens} with cost={self.cost}, pad_to_multiple_of={self.pad_to_multiple_of}"
         return low, why
 
-    def _into_pools(self, length: IntArray, order: IntArray, limit: int) -> "_Arranged":
+    def _into_pools(self, length: IntArray, order: IntArray, limit: int) -> "_Row":
         """Cut the order into pools and sort each, every other one downwards."""
-        count = len(length)
+        from seqbatch.kernels import pool_keys, read_pool_keys
+
         values, codes = _classes(length)
+        count = len(length)
         per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(int(length.sum()), 1)
         window = min(self.window or max(-(-count // 8), 100 * per_batch), max(count, 1))
-        pool = np.arange(count) // window
-        key = codes[order]
-        np.subtract(len(values) - 1, key, out=key, where=pool % 2 == 1)
-        key += pool * len(values)
-        order = order[stable_order(key, bound=len(values) * (count // window + 1))]
-        return _Arranged(round_up(values, self.pad_to_multiple_of), codes, order, np.array([count]))
+        shift = (window - 1).bit_length()
+        keys = np.empty(count, np.int64)
+        # A narrow type keeps the one access that jumps about in the cache.
+        pool_keys(codes.astype(np.min_scalar_type(len(values))), order, window, len(values), shift, keys)
+        keys.sort()
+        row, row_codes = np.empty(count, np.int64), np.empty(count, np.int64)
+        read_pool_keys(keys, order, window, len(values), shift, row, row_codes)
+        row_length = row_codes if codes is length else values[row_codes]
+        return _Row(row, row_length, row_codes, values, int(np.searchsorted(values, limit, "right")), np.array([count]))
 
-    def _into_buckets(self, length: IntArray, order: IntArray, limit: int) -> "_Arranged":
+    def _into_buckets(self, length: IntArray, order: IntArray, limit: int) -> "_Row":
         """Send every sequence to the smallest edge that holds it; those that none holds come last."""
         multiple = self.pad_to_multiple_of
         fitting = length[length <= limit]
@@ -213,23 +218,27 @@ class Bucketing(Strategy):
         else:
             edges = np.array([limit])
         bucket = np.where(length <= limit, np.searchsorted(edges, length), len(edges))
-        order = order[stable_order(bucket[order], bound=len(edges) + 1)]
+        row = order[stable_order(bucket[order], bound=len(edges) + 1)]
+        row_length = length[row]
         stops = np.cumsum(np.bincount(bucket, minlength=len(edges) + 1))
         if not self.static_shapes:
-            values, codes = _classes(length)
-            return _Arranged(round_up(values, multiple), codes, order, stops)
-        alone, own_code = np.unique(round_up(length[length > limit], multiple), return_inverse=True)
-        bucket[length > limit] += own_code
-        return _Arranged(np.concatenate([edges, alone]), bucket, order, stops)
+            values, codes = _classes(row_length)
+            return _Row(row, row_length, codes, values, int(np.searchsorted(values, limit, "right")), stops)
+        codes = np.repeat(np.arange(len(edges) + 1), np.diff(stops, prepend=0))
+        alone, own_code = np.unique(row_length[stops[-2] :], return_inverse=True)
+        codes[stops[-2] :] += own_code
+        return _Row(row, row_length, codes, np.concatenate([edges, alone]), len(edges), stops)
 
 
-class _Arranged(NamedTuple):
-    """A row of pieces to cut batches from."""
+class _Row(NamedTuple):
+    """Pieces in a row, to cut batches from."""
 
-    steps: IntArray  # (classes,) padded length of each class
-    codes: IntArray  # (P,) class of each piece, larger for longer ones
-    order: IntArray  # (P,) the row, as positions of pieces
-    stops: IntArray  # positions in the row that no batch crosses
+    order: IntArray  # (P,) positions of the pieces
+    length: IntArray  # (P,) tokens of each
+    codes: IntArray  # (P,) length class of each, larger for longer ones
+    values: IntArray  # (classes,) the length that a class is padded to
+    alone_from: int  # classes from this one on fit into no batch
+    stops: IntArray  # places in the row that no batch crosses
 
 
 def _classes(length: IntArray) -> tuple[IntArray, IntArray]:

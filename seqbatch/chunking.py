@@ -80,14 +80,14 @@ class Chunking(Strategy):
         order = self._order(len(source), seed, epoch)
         source = source[order]
         begin = (order - first[source]) * self.chunk_size
-        sequence, _, whole = pieces.take(source)
+        whole = pieces.length[source]
         end = np.minimum(begin + self.chunk_size, whole)
         left = np.minimum(begin, self.left_context)
         right = np.minimum(whole - end, self.right_context)
         length = end + right - begin + left
         batch_ptr = np.append(np.arange(0, len(order), self.batch_size), len(order))
         columns = {
-            "sequence": sequence,
+            "sequence": pieces.take(source)[0],
             "start": begin - left,
             "length": length,
             "step": constant(0, len(order)),

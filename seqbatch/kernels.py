@@ -13,7 +13,7 @@ from numba import njit
 
 from seqbatch.ordering import IntArray
 
-__all__ = ["best_fit", "cut_batches", "first_free", "group_by", "next_fit", "optimal_splits"]
+__all__ = ["best_fit", "cut_batches", "first_free", "group_by", "next_fit", "optimal_splits", "pool_keys", "read_pool_keys"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,6 +25,37 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     except RuntimeError:  # numba found no folder to write to: compile once a process
         kernel = njit(nogil=True)(function)
     return kernel
+
+
+@_compiled
+def pool_keys(codes: IntArray, order: IntArray, window: int, classes: int, shift: int, keys: IntArray) -> None:
+    """Make the keys that sort each pool by length, upwards and downwards in turn.
+
+    Args:
+        codes: (N,) length class of each sequence; a small integer type keeps it in the cache.
+        order: (N,) the row of sequences that is cut into pools.
+        window: Sequences of a pool.
+        classes: Number of length classes.
+        shift: Bits of a place in a pool, which is the lowest part of a key.
+        keys: (N,) filled with the key of each place in the row.
+    """
+    for i in range(len(order)):
+        pool = i // window
+        code = np.int64(codes[order[i]])
+        key = pool * classes + (code if pool % 2 == 0 else classes - 1 - code)
+        keys[i] = (key << shift) | (i - pool * window)
+
+
+@_compiled
+def read_pool_keys(
+    keys: IntArray, order: IntArray, window: int, classes: int, shift: int, sorted_order: IntArray, sorted_codes: IntArray
+) -> None:
+    """Fill the sequences and their length classes in the order of the sorted keys of `pool_keys`."""
+    for i in range(len(keys)):
+        pool = i // window
+        code = (keys[i] >> shift) - pool * classes
+        sorted_codes[i] = code if pool % 2 == 0 else classes - 1 - code
+        sorted_order[i] = order[pool * window + (keys[i] & ((1 << shift) - 1))]
 
 
 @_compiled

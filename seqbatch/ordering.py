@@ -63,7 +63,7 @@ def stable_order(keys: IntArray, bound: int) -> IntArray:
     fit into 64 bits together.
 
     Args:
-        keys: (N,) int64, each in ``range(bound)``.
+        keys: (N,) int64, each in ``range(bound)``; overwritten, as the workspace of the sort.
         bound: One more than the largest key allowed.
 
     >>> stable_order(np.array([2, 0, 2, 1]), bound=3)
@@ -72,11 +72,11 @@ def stable_order(keys: IntArray, bound: int) -> IntArray:
     shift = max(len(keys) - 1, 0).bit_length()
     if (bound - 1).bit_length() + shift > 63:
         return np.argsort(keys, kind="stable")
-    packed = keys << shift
-    packed |= np.arange(len(keys))
-    packed.sort()
-    packed &= (1 << shift) - 1
-    return packed
+    keys <<= shift
+    keys |= np.arange(len(keys))
+    keys.sort()
+    keys &= (1 << shift) - 1
+    return keys
 
 
 def constant(value: int, count: int) -> IntArray:

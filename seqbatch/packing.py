@@ -76,13 +76,13 @@ class Packing(Strategy):
         held = np.bincount(bins, minlength=count)
         position, step = np.empty_like(length), np.empty_like(length)
         kernels.group_by(bins, length, np.cumsum(held), position, step)
-        sequence, start, length = pieces.take(order[position])
+        sequence, start = pieces.take(order[position])
         num_batches = -(-count // self.rows)
         per_batch = np.add.reduceat(held, np.arange(0, count, self.rows)) if count else held
         return Plan(
             sequence=sequence,
             start=start,
-            length=length,
+            length=length[position],
             step=step,
             lane=np.repeat(np.arange(count) % self.rows, held),
             batch_ptr=np.append(0, np.cumsum(per_batch)),

@@ -48,8 +48,9 @@ class Padding(Strategy):
         pieces, dropped = not_empty(as_lengths(lengths))
         order = self._order(len(pieces.length), seed, epoch)
         full = len(order) - len(order) % self.batch_size if self.drop_last else len(order)
-        dropped = np.concatenate([dropped, dropped_rows("drop_last", *pieces.take(order[full:]))])
-        sequence, start, length = pieces.take(order[:full])
+        left_out = dropped_rows("drop_last", *pieces.take(order[full:]), pieces.length[order[full:]])
+        sequence, start = pieces.take(order[:full])
+        length = pieces.length[order[:full]]
         begins = np.arange(0, full, self.batch_size)
         longest = np.maximum.reduceat(length, begins) if full else begins
         return Plan(
@@ -61,6 +62,6 @@ class Padding(Strategy):
             batch_ptr=np.append(begins, full),
             steps=round_up(longest, self.pad_to_multiple_of),
             lanes=np.diff(np.append(begins, full)),
-            dropped=dropped,
+            dropped=np.concatenate([dropped, left_out]),
             **self._provenance(seed, epoch),
         )

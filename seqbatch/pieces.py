@@ -21,11 +21,10 @@ class Pieces(NamedTuple):
     start: IntArray
     length: IntArray
 
-    def take(self, order: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Return sequence, start and length of the pieces at the positions `order`."""
-        sequence = order if self.sequence is None else self.sequence[order]
+    def take(self, order: IntArray) -> tuple[IntArray, IntArray]:
+        """Return sequence and start of the pieces at the positions `order`."""
         start = constant(0, len(order)) if self.start.strides == (0,) else self.start[order]
-        return sequence, start, self.length[order]
+        return order if self.sequence is None else self.sequence[order], start
 
 
 def not_empty(lengths: IntArray) -> tuple[Pieces, NDArray[np.void]]:
@@ -67,7 +66,7 @@ def fit_overlong(pieces: Pieces, limit: int, policy: str, why: str) -> tuple[Pie
     if policy == "alone" or not len(pieces.length) or pieces.length.max() <= limit:
         return pieces, nothing
     long = pieces.length > limit
-    sequence, _, length = pieces.take(np.arange(len(long)))
+    sequence, length = pieces.take(np.arange(len(long)))[0], pieces.length
     if policy == "error":
         worst = int(np.argmax(length))
         raise ValueError(

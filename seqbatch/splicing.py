@@ -119,7 +119,7 @@ def cut_windows(
     step = np.maximum(begin - window * chunk_size, 0)
     steps = np.zeros(num_windows, np.int64)
     np.maximum.at(steps, window, step + end - start)
-    sequence, offset, _ = pieces.take(sequence)
+    sequence, offset = pieces.take(sequence)
     columns = {"sequence": sequence, "start": start + offset, "length": end - start, "step": step, "lane": lane}
     return {name: column[by_window] for name, column in columns.items()} | {
         "batch_ptr": batch_ptr,
