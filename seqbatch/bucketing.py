@@ -15,7 +15,7 @@ as many as the budget `max_tokens` has room for, padding included. So the budget
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from seqbatch.edges import EDGE_RULES, find_edges
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import IntArray, constant, round_up, stable_order
-from seqbatch.pieces import OVERLONG, Pieces, fit_overlong, not_empty
+from seqbatch.pieces import OVERLONG, fit_overlong, not_empty
 from seqbatch.plan import Plan, check_cost, dropped_rows
 from seqbatch.strategy import Strategy, check_choice, check_integer
 
@@ -81,10 +81,10 @@ class Bucketing(Strategy):
     batch_size_multiple: int = 1
     pad_to_multiple_of: int = 1
     overlong: str = "error"
-    shuffle: bool = True  # type: ignore[misc]
+    shuffle: bool = True
     drop_last: bool = False
 
-    at_least = dict.fromkeys(
+    at_least: ClassVar[dict[str, int]] = dict.fromkeys(
         ("max_tokens", "batch_size", "window", "num_buckets", "max_sequences", "batch_size_multiple"), 1
     ) | {"pad_to_multiple_of": 1}
 
@@ -106,7 +106,7 @@ class Bucketing(Strategy):
         """Raise where two settings exclude each other."""
         if (self.max_tokens is None) == (self.batch_size is None):
             raise ValueError(
-                f"give either max_tokens or batch_size, got max_tokens={self.max_tokens} and batch_size={self.batch_size}"
+                f"give either max_tokens or batch_size, got max_tokens={self.max_tokens}, batch_size={self.batch_size}"
             )
         if self.batch_size is not None:
             for name, default in (("cost", (1.0, 0.0)), ("max_sequences", None), ("batch_size_multiple", 1)):
@@ -123,7 +123,7 @@ class Bucketing(Strategy):
     def _has_buckets(self) -> bool:
         return self.static_shapes or self.num_buckets is not None or self.bucket_edges is not None
 
-    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         from seqbatch.kernels import cut_batches
 
         pieces, empty = not_empty(as_lengths(lengths))
@@ -138,7 +138,7 @@ class Bucketing(Strategy):
         count = cut_batches(row.codes, lanes, self.batch_size_multiple, row.stops, ends, longest)
         ends, longest = ends[:count].copy(), longest[:count].copy()
         sizes, steps, lanes = np.diff(ends, prepend=0), steps[longest], lanes[longest]
-        columns = (*pieces.take(row.order), row.length)
+        columns: tuple[IntArray, ...] = (*pieces.take(row.order), row.length)
         dropped = [empty, overlong]
         if self.drop_last:
             kept = (sizes >= lanes) | ~np.isin(ends, row.stops)

@@ -9,12 +9,13 @@ batch, so states are only ever cleared between batches.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqbatch.lengths import as_lengths
-from seqbatch.ordering import IntArray, constant, round_up
+from seqbatch.ordering import constant, round_up
 from seqbatch.pieces import Pieces, not_empty
 from seqbatch.plan import Plan, dropped_rows
 from seqbatch.splicing import cut_windows, deal_lanes
@@ -52,10 +53,10 @@ class Chunking(Strategy):
     left_context: int = 0
     right_context: int = 0
     carry: bool = False
-    shuffle: bool = True  # type: ignore[misc]
+    shuffle: bool = True
     drop_last: bool = False
 
-    at_least = {"batch_size": 1, "chunk_size": 1, "left_context": 0, "right_context": 0}
+    at_least: ClassVar[dict[str, int]] = {"batch_size": 1, "chunk_size": 1, "left_context": 0, "right_context": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,7 @@ class Chunking(Strategy):
                 f"and right_context={self.right_context} out, or set carry=False"
             )
 
-    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         pieces, dropped = not_empty(as_lengths(lengths))
         columns = (self._carried if self.carry else self._independent)(pieces, seed, epoch)
         if self.drop_last:
@@ -73,7 +74,7 @@ class Chunking(Strategy):
             dropped = np.concatenate([dropped, unfilled])
         return Plan(**columns, carry=self.carry, dropped=dropped, **self._provenance(seed, epoch))
 
-    def _independent(self, pieces: Pieces, seed: int, epoch: int) -> dict[str, IntArray]:
+    def _independent(self, pieces: Pieces, seed: int, epoch: int) -> dict[str, Any]:
         per_sequence = -(-pieces.length // self.chunk_size)
         source = np.repeat(np.arange(len(per_sequence)), per_sequence)
         first = np.cumsum(per_sequence) - per_sequence
@@ -96,21 +97,25 @@ class Chunking(Strategy):
             "steps": np.maximum.reduceat(length, batch_ptr[:-1]) if len(order) else batch_ptr[:-1],
             "lanes": np.diff(batch_ptr),
         }
-        return columns | ({"left_context": left, "right_context": right} if self.left_context + self.right_context else {})
+        return columns | (
+            {"left_context": left, "right_context": right} if self.left_context + self.right_context else {}
+        )
 
-    def _carried(self, pieces: Pieces, seed: int, epoch: int) -> dict[str, IntArray]:
+    def _carried(self, pieces: Pieces, seed: int, epoch: int) -> dict[str, Any]:
         order = self._order(len(pieces.length), seed, epoch)
         reserved = round_up(pieces.length[order], self.chunk_size)
         lane, begin = deal_lanes(reserved, self.batch_size, "first_free")
         return cut_windows(pieces, order, lane, begin, self.batch_size, self.chunk_size)
 
-    def _drop_unfilled(self, columns: dict[str, IntArray]) -> tuple[dict[str, IntArray], NDArray[np.void]]:
+    def _drop_unfilled(self, columns: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.void]]:
         """Cut off the batches with an empty lane: the last one, or where state is carried the last ones."""
         ptr = columns["batch_ptr"]
         batches = int((np.diff(ptr) == self.batch_size).sum())
         pieces = int(ptr[batches])
         ends = {"batch_ptr": batches + 1, "steps": batches, "lanes": batches}
-        left, right = (columns.get(name, constant(0, len(columns["start"]))) for name in ("left_context", "right_context"))
+        left, right = (
+            columns.get(name, constant(0, len(columns["start"]))) for name in ("left_context", "right_context")
+        )
         rest = columns["sequence"], columns["start"] + left, columns["length"] - left - right
         rows = dropped_rows("drop_last", *(column[pieces:] for column in rest))
         return {name: column[: ends.get(name, pieces)] for name, column in columns.items()}, rows

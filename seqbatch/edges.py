@@ -33,7 +33,8 @@ def find_edges(lengths: IntArray, num_buckets: int, *, rule: str = "optimal", mu
 def _optimal(values: IntArray, counts: IntArray, num_buckets: int, multiple: int) -> IntArray:
     from seqbatch.kernels import optimal_splits
 
-    return values[optimal_splits(values, counts, num_buckets)]
+    edges: IntArray = values[optimal_splits(values, counts, num_buckets)]
+    return edges
 
 
 def _quantile(values: IntArray, counts: IntArray, num_buckets: int, multiple: int) -> IntArray:

@@ -10,10 +10,20 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from seqbatch.ordering import IntArray
 
-__all__ = ["best_fit", "cut_batches", "first_free", "group_by", "next_fit", "optimal_splits", "pool_keys", "read_pool_keys"]
+__all__ = [
+    "best_fit",
+    "cut_batches",
+    "first_free",
+    "group_by",
+    "next_fit",
+    "optimal_splits",
+    "pool_keys",
+    "read_pool_keys",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,7 +58,13 @@ def pool_keys(codes: IntArray, order: IntArray, window: int, classes: int, shift
 
 @_compiled
 def read_pool_keys(
-    keys: IntArray, order: IntArray, window: int, classes: int, shift: int, sorted_order: IntArray, sorted_codes: IntArray
+    keys: IntArray,
+    order: IntArray,
+    window: int,
+    classes: int,
+    shift: int,
+    sorted_order: IntArray,
+    sorted_codes: IntArray,
 ) -> None:
     """Fill the sequences and their length classes in the order of the sorted keys of `pool_keys`."""
     for i in range(len(keys)):
@@ -59,7 +75,9 @@ def read_pool_keys(
 
 
 @_compiled
-def cut_batches(codes: IntArray, fits: IntArray, multiple: int, stops: IntArray, ends: IntArray, longest: IntArray) -> int:
+def cut_batches(
+    codes: IntArray, fits: IntArray, multiple: int, stops: IntArray, ends: IntArray, longest: IntArray
+) -> int:
     """Cut a row of sequences into batches, each as large as its longest sequence allows.
 
     Args:
@@ -211,7 +229,7 @@ def best_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArra
 
 
 @_compiled
-def _next_bit(word_bits: IntArray, summary: IntArray, start: int) -> int:
+def _next_bit(word_bits: NDArray[np.uint64], summary: NDArray[np.uint64], start: int) -> int:
     """Return the smallest bit from `start` on that is set, or -1."""
     word = start >> 6
     bits = word_bits[word] >> np.uint64(start & 63)
@@ -232,12 +250,12 @@ def _next_bit(word_bits: IntArray, summary: IntArray, start: int) -> int:
 
 
 @_compiled
-def _lowest_bit(bits: int) -> int:
+def _lowest_bit(bits: np.uint64) -> int:
     """Return the position of the lowest bit of a word that is not 0."""
     position = 0
     for width in (32, 16, 8, 4, 2, 1):
         if bits & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)) == 0:
-            bits >>= np.uint64(width)
+            bits = bits >> np.uint64(width)
             position += width
     return position
 

@@ -55,7 +55,9 @@ def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         first = int(np.flatnonzero(array < 0)[0])
         raise ValueError(f"lengths must not be negative, got {array[first]} at index {first}")
     if largest > _MOST_TOKENS or (largest * len(array) > _MOST_TOKENS and _exact_sum(array) > _MOST_TOKENS):
-        raise ValueError(f"lengths add up to more than 2**62 tokens (the longest is {largest}): are they in the right unit?")
+        raise ValueError(
+            f"lengths add up to more than 2**62 tokens (the longest is {largest}): are they in the right unit?"
+        )
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
@@ -81,7 +83,11 @@ def describe(lengths: ArrayLike) -> dict[str, float | int]:
     if not len(filled):
         raise ValueError(f"all {len(array)} sequences are empty: there is nothing to describe")
     mean, std = float(filled.mean()), float(filled.std())
-    result: dict[str, float | int] = {"count": len(array), "empty": len(array) - len(filled), "tokens": int(filled.sum())}
+    result: dict[str, float | int] = {
+        "count": len(array),
+        "empty": len(array) - len(filled),
+        "tokens": int(filled.sum()),
+    }
     result |= {"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())}
     names = ("p05", "p25", "median", "p75", "p95", "p99")
     result |= dict(zip(names, np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist(), strict=True))
@@ -288,7 +294,11 @@ def _length(request: _Request, where: str, value: object) -> int:
         return len(value)
     if isinstance(value, str) and request.unit is not None:
         return _measure(value, request.unit)
-    hint = f"give unit=, one of {', '.join(map(repr, UNITS))}" if isinstance(value, str) else "an integer or a list is needed"
+    hint = (
+        f"give unit=, one of {', '.join(map(repr, UNITS))}"
+        if isinstance(value, str)
+        else "an integer or a list is needed"
+    )
     raise ValueError(f"{request.name}, {where}: {value!r:.40} is not a length; {hint}")
 
 

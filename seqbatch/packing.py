@@ -7,6 +7,7 @@ goes where is drawn anew in each epoch: the bins' shapes stay, their contents do
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -49,16 +50,16 @@ class Packing(Strategy):
     algorithm: str = "best_fit"
     max_sequences: int | None = None
     overlong: str = "error"
-    shuffle: bool = True  # type: ignore[misc]
+    shuffle: bool = True
 
-    at_least = {"capacity": 1, "rows": 1, "max_sequences": 1}
+    at_least: ClassVar[dict[str, int]] = {"capacity": 1, "rows": 1, "max_sequences": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("algorithm", self.algorithm, ("best_fit", "next_fit"))
         check_choice("overlong", self.overlong, tuple(policy for policy in OVERLONG if policy != "alone"))
 
-    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         from seqbatch import kernels
 
         pieces, empty = not_empty(as_lengths(lengths))

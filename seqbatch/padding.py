@@ -5,6 +5,7 @@ What most programs do, and the yardstick for the rest: a batch of B random seque
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,13 +39,13 @@ class Padding(Strategy):
 
     batch_size: int
     _: KW_ONLY
-    shuffle: bool = True  # type: ignore[misc]
+    shuffle: bool = True
     drop_last: bool = False
     pad_to_multiple_of: int = 1
 
-    at_least = {"batch_size": 1, "pad_to_multiple_of": 1}
+    at_least: ClassVar[dict[str, int]] = {"batch_size": 1, "pad_to_multiple_of": 1}
 
-    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         pieces, dropped = not_empty(as_lengths(lengths))
         order = self._order(len(pieces.length), seed, epoch)
         full = len(order) - len(order) % self.batch_size if self.drop_last else len(order)

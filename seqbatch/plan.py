@@ -203,12 +203,9 @@ class Plan:
         """Return a pandas frame, one row per batch: steps, lanes, cells, tokens, pieces.
 
         >>> import seqbatch
-        >>> seqbatch.Padding(2, shuffle=False).plan([3, 1, 2]).to_frame()
-               steps  lanes  cells  tokens  pieces
-        batch                                     
-        0          3      2      6       4       2
-        1          2      1      2       2       1
-        """  # noqa: W291
+        >>> seqbatch.Padding(2, shuffle=False).plan([3, 1, 2]).to_frame().to_dict("list")
+        {'steps': [3, 2], 'lanes': [2, 1], 'cells': [6, 2], 'tokens': [4, 2], 'pieces': [2, 1]}
+        """
         import pandas as pd
 
         tokens = self.length
@@ -233,9 +230,7 @@ class Plan:
     ) -> Schedule:
         """Return which batch each of `num_replicas` ranks runs at each step; see `shard`."""
         key = (self.seed, self.epoch)
-        return schedule(
-            self.costs(cost), num_replicas, history=history, tail=tail, shuffle=self.shuffle, key=key
-        )
+        return schedule(self.costs(cost), num_replicas, history=history, tail=tail, shuffle=self.shuffle, key=key)
 
     def shard(
         self,
@@ -319,7 +314,9 @@ class Plan:
         columns = {name: getattr(self, name) for name in _PIECES + _CONTEXT}
         columns = {name: None if column is None else column[pieces] for name, column in columns.items()}
         columns["lane"] = lane[keep]
-        provenance = {name: getattr(self, name) for name in ("carry", "dropped", "strategy", "seed", "epoch", "shuffle")}
+        provenance = {
+            name: getattr(self, name) for name in ("carry", "dropped", "strategy", "seed", "epoch", "shuffle")
+        }
         return Plan(
             **columns,
             batch_ptr=np.concatenate([[0], np.cumsum(counts)]),

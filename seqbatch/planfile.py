@@ -33,7 +33,7 @@ def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings
         partial.unlink(missing_ok=True)
 
 
-def read(path: "str | PathLike[str]") -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what `write` was given, columns as int64.
 
     Raises:
@@ -49,7 +49,16 @@ def read(path: "str | PathLike[str]") -> tuple[dict[str, NDArray[Any]], dict[str
                 return {name: _widen(file[name], size) for name, size in sizes}, dict(header["settings"])
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        ValueError,
+        KeyError,
+        EOFError,
+        OSError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{path} is not a plan file, or is truncated; make it again with Plan.save") from error
     raise ValueError(
         f"{path} has plan format version {header['version']}, this seqbatch reads version {VERSION}: "

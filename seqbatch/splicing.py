@@ -7,6 +7,7 @@ GPU-based training of recurrent neural network language models using spliced sen
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,15 +45,15 @@ class Splicing(Strategy):
     chunk_size: int
     _: KW_ONLY
     assign: str = "first_free"
-    shuffle: bool = True  # type: ignore[misc]
+    shuffle: bool = True
 
-    at_least = {"num_lanes": 1, "chunk_size": 1}
+    at_least: ClassVar[dict[str, int]] = {"num_lanes": 1, "chunk_size": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("assign", self.assign, ("first_free", "round_robin"))
 
-    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:  # noqa: D102
+    def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         pieces, dropped = not_empty(as_lengths(lengths))
         order = self._order(len(pieces.length), seed, epoch)
         lane, begin = deal_lanes(pieces.length[order], self.num_lanes, self.assign)
@@ -92,7 +93,7 @@ def deal_lanes(reserved: IntArray, num_lanes: int, assign: str) -> tuple[IntArra
 
 def cut_windows(
     pieces: Pieces, order: IntArray, lane: IntArray, begin: IntArray, num_lanes: int, chunk_size: int
-) -> dict[str, IntArray]:
+) -> dict[str, Any]:
     """Cut lanes into windows of `chunk_size` steps, one batch each.
 
     Args:

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, fields
 from operator import index
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["Strategy", "check_choice", "check_integer"]
 
 
-@dataclass(frozen=True)
 class Strategy(ABC):
-    """The settings of one way to batch sequences; `plan` turns them and the lengths into data."""
+    """The settings of one way to batch sequences; `plan` turns them and the lengths into data.
 
-    at_least: ClassVar[dict[str, int]] = {}
+    A strategy is a frozen dataclass of this base, with a field `shuffle`.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    at_least: ClassVar[dict[str, int]]
     """The integer settings and the smallest value of each; None passes where it is the default."""
-    shuffle: ClassVar[bool] = True
+    shuffle: bool
 
     def __post_init__(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}
@@ -60,7 +63,7 @@ class Strategy(ABC):
         check_integer("epoch", epoch, at_least=0)
         return random_order(count, int(seed), int(epoch), "order") if self.shuffle else np.arange(count)
 
-    def _provenance(self, seed: int, epoch: int) -> dict[str, object]:
+    def _provenance(self, seed: int, epoch: int) -> dict[str, Any]:
         """The columns of a plan that say where it comes from."""
         return {"strategy": repr(self), "seed": int(seed), "epoch": int(epoch), "shuffle": self.shuffle}
 

@@ -1,0 +1,39 @@
+# `make demo` and `make test` each work alone on a fresh clone with Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.installed
+	@mkdir -p report
+	$(BIN)/seqbatch simulate --corpus ud_en_ewt --batch-sizes 8,32,128 --plot report/ud_en_ewt.png
+	$(BIN)/seqbatch simulate --corpus librispeech_devtest_clean --chunk-size 200 --batch-sizes 8,32,128 --plot report/librispeech_devtest_clean.png
+	@echo "The pictures are report/ud_en_ewt.png and report/librispeech_devtest_clean.png"
+
+test: $(VENV)/test.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.installed
+	PYTHONPATH=. $(BIN)/python -m experiments.planning
+	PYTHONPATH=. $(BIN)/python -m experiments.strategies
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqbatch needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.installed: $(VENV)/bin/python setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plot]"
+	@touch $@
+
+$(VENV)/test.installed: $(VENV)/bin/python setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) report

@@ -1,0 +1,298 @@
+"""The ``seqbatch`` command: ``stats``, ``simulate`` and ``plan``.
+
+Data go to standard output, progress and notes to standard error. Exit status 0: done; 1: the run
+failed, such as for a bad line in a file; 2: the command was not understood. Whatever takes time to
+import is imported where it is used.
+"""
+
+import ast
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from seqbatch import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from seqbatch.ordering import IntArray
+    from seqbatch.strategy import Strategy
+
+__all__ = ["main"]
+
+JSON_VERSION = 1
+_INPUT = click.Path(exists=True, dir_okay=False, allow_dash=True)
+
+
+def _failing_readably(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors that a user can cause into a message and exit status 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return run
+
+
+def _numbers(kind: Callable[[str], Any], how_many: int | None = None) -> Callable[..., Any]:
+    """A click callback that reads comma-separated numbers."""
+
+    def read(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+        if text is None:
+            return None
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or (how_many is not None and len(values) != how_many):
+            wanted = f"{how_many} numbers" if how_many else "whole numbers"
+            raise click.BadParameter(f"expected {wanted} separated by commas, got {text!r}")
+        return values
+
+    return read
+
+
+def _source(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where lengths come from."""
+    options = [
+        click.argument("lengths", required=False, type=_INPUT),
+        click.option("--corpus", metavar="NAME", help="Lengths that come with seqbatch; see 'seqbatch stats --list'."),
+        click.option("--column", help="Column of a csv, jsonl or parquet file."),
+        click.option(
+            "--unit", type=click.Choice(["words", "characters", "bytes"]), help="Measure the lines of a text."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _output(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how rows are printed."""
+    command = click.option("--csv", "form", flag_value="csv", help="Print CSV.")(command)
+    return click.option("--json", "form", flag_value="json", help="Print one JSON document.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Plan batches of variable-length sequences and see what each strategy wastes.
+
+    LENGTHS is a file of one whole number per line (.txt, .gz), a column of a .csv, .jsonl or .parquet
+    file, a .npy array, a FASTA file, a text measured by --unit, or - for standard input.
+    """
+
+
+@main.command()
+@_source
+@_output
+@click.option("--list", "list_corpora", is_flag=True, help="Name the corpora that come with seqbatch.")
+@_failing_readably
+def stats(
+    lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None, list_corpora: bool
+) -> None:
+    """Describe lengths, fit distributions, and say what random batches would use."""
+    import pandas as pd
+
+    from seqbatch.distributions import expected_efficiency, fit
+    from seqbatch.lengths import corpus_names, describe
+
+    if list_corpora:
+        click.echo("\n".join(corpus_names()))
+        return
+    array = _read(lengths, corpus, column, unit)
+    rows = pd.DataFrame([{"what": name, "value": value} for name, value in describe(array).items()])
+    sizes = [size for size in (2, 8, 32, 128) if size <= len(array)]
+    used = {
+        f"padding efficiency, random batches of {size}": expected_efficiency(array, size)
+        for size in sizes
+        if array.any()
+    }
+    rows = pd.concat([rows, pd.DataFrame({"what": list(used), "value": list(used.values())})])
+    try:
+        fits = {f"fit: {f.distribution} (Kolmogorov-Smirnov distance)": f.ks_distance for f in fit(array)}
+    except ValueError as error:
+        click.echo(f"no distribution fitted: {error}", err=True)
+        fits = {}
+    rows = pd.concat([rows, pd.DataFrame({"what": list(fits), "value": list(fits.values())})], ignore_index=True)
+    _print(rows, form)
+
+
+@main.command()
+@_source
+@_output
+@click.option(
+    "--gamma", callback=_numbers(float, 2), metavar="SHAPE,SCALE", help="Draw lengths from a gamma distribution."
+)
+@click.option("--lognormal", callback=_numbers(float, 2), metavar="MU,SIGMA", help="Draw lengths from a lognormal.")
+@click.option("-n", "count", type=click.IntRange(1), default=100_000, show_default=True, help="Lengths to draw.")
+@click.option("--batch-sizes", callback=_numbers(int), default="1,2,4,8,16,32,64,128,256", show_default=True)
+@click.option(
+    "--strategies", default="all", show_default=True, metavar="all|NAME,...", help="Which strategies to count."
+)
+@click.option("--chunk-size", type=click.IntRange(1), default=35, show_default=True, help="Steps of a window or chunk.")
+@click.option(
+    "--batch-us", type=click.FloatRange(0), default=200.0, show_default=True, help="Device: microseconds per batch."
+)
+@click.option(
+    "--step-us", type=click.FloatRange(0), default=20.0, show_default=True, help="Device: microseconds per step."
+)
+@click.option(
+    "--cell-ns", type=click.FloatRange(0), default=400.0, show_default=True, help="Device: nanoseconds per cell."
+)
+@click.option("--ranks", type=click.IntRange(1), default=8, show_default=True, help="Ranks that share the batches.")
+@click.option(
+    "--cost", callback=_numbers(float, 2), default="1,0", show_default=True, metavar="A,B", help="Cost a*l + b*l^2."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw efficiency and predicted throughput into FILE.")
+@_failing_readably
+def simulate(
+    lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None,
+    gamma: tuple[float, float] | None, lognormal: tuple[float, float] | None, count: int,
+    batch_sizes: tuple[int, ...], strategies: str, chunk_size: int, batch_us: float, step_us: float, cell_ns: float,
+    ranks: int, cost: tuple[float, float], seed: int, plot: str | None,
+) -> None:  # fmt: skip
+    """Count what each strategy wastes at each batch size, and predict its throughput.
+
+    The device model's defaults put its knee at 50 lanes; they are no measurement.
+    """
+    from seqbatch.simulate import STRATEGIES, DeviceModel
+    from seqbatch.simulate import simulate as run
+
+    names = list(STRATEGIES) if strategies == "all" else strategies.split(",")
+    for name in names:
+        if name not in STRATEGIES:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
+    array = _draw_or_read(lengths, corpus, column, unit, gamma, lognormal, count, seed)
+    device = DeviceModel(batch_us, step_us, cell_ns)
+    frame = run(
+        array, strategies=names, batch_sizes=batch_sizes, chunk_size=chunk_size, device=device,
+        num_replicas=ranks, cost=cost, seed=seed, progress=True,
+    )  # fmt: skip
+    if plot:
+        _plot(frame, array, device, plot)
+    _print(frame if form else frame.drop(columns=["tokens", "settings"]), form)
+
+
+@main.command()
+@_source
+@_output
+@click.option("--strategy", metavar="CALL", help='Settings as in Python, such as "Bucketing(max_tokens=16384)".')
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the plan to FILE (.npz).")
+@click.option("--show", type=click.Path(exists=True, dir_okay=False), help="Describe a plan that --out wrote.")
+@_failing_readably
+def plan(
+    lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None,
+    strategy: str | None, seed: int, epoch: int, out: str | None, show: str | None,
+) -> None:  # fmt: skip
+    """Plan one epoch, write it to a file, or show one; prints one row per batch."""
+    from seqbatch.plan import Plan
+
+    if show:
+        if lengths or corpus or strategy or out:
+            raise click.UsageError("--show describes a plan file; leave LENGTHS, --corpus, --strategy and --out out")
+        made = Plan.load(show)
+    elif strategy is None:
+        raise click.UsageError('say how to batch, such as --strategy "Bucketing(max_tokens=16384)", or use --show FILE')
+    else:
+        settings = _parse_strategy(strategy)
+        made = settings.plan(_read(lengths, corpus, column, unit), seed=seed, epoch=epoch)
+    if out:
+        made.save(out)
+    click.echo(f"{made!r}\ndigest {made.digest}, dropped {len(made.dropped)} pieces", err=form is not None)
+    if out is None or form:
+        _print(made.to_frame().reset_index(), form)
+
+
+def _parse_strategy(text: str) -> "Strategy":
+    """Read a constructor call of a strategy with literal arguments, and nothing else."""
+    import seqbatch
+
+    classes = {name: getattr(seqbatch, name) for name in ("Padding", "Bucketing", "Splicing", "Chunking", "Packing")}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in classes):
+            raise ValueError(f"expected a call of one of {', '.join(classes)}")
+        if any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("** is not understood")
+        positional = [ast.literal_eval(argument) for argument in call.args]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        strategy: Strategy = classes[call.func.id](*positional, **named)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise click.BadParameter(f"{text!r}: {error}", param_hint="--strategy") from error
+    return strategy
+
+
+def _read(path: str | None, corpus: str | None, column: str | None, unit: str | None) -> "IntArray":
+    from seqbatch.lengths import corpus_names, load_corpus, read_lengths
+
+    if (path is None) == (corpus is None):
+        raise click.UsageError("give either a file of LENGTHS or --corpus NAME (one of them)")
+    if corpus is None:
+        return read_lengths(str(path), column=column, unit=unit)
+    if corpus not in corpus_names():
+        raise click.BadParameter(f"{corpus!r} is none of {', '.join(corpus_names())}", param_hint="--corpus")
+    return load_corpus(corpus)
+
+
+def _draw_or_read(
+    path: str | None, corpus: str | None, column: str | None, unit: str | None,
+    gamma: tuple[float, float] | None, lognormal: tuple[float, float] | None, count: int, seed: int,
+) -> "IntArray":  # fmt: skip
+    from seqbatch import distributions
+
+    if gamma is None and lognormal is None:
+        return _read(path, corpus, column, unit)
+    if path or corpus or (gamma and lognormal):
+        raise click.UsageError("give one of LENGTHS, --corpus, --gamma and --lognormal")
+    drawn = distributions.gamma(*gamma) if gamma else distributions.lognormal(*lognormal or ())
+    return drawn.lengths(count, seed=seed)
+
+
+def _print(frame: "pd.DataFrame", form: str | None) -> None:
+    """Print rows as a table, as CSV, or as JSON with a version and null for what is not known."""
+    if form == "json":
+        rows = json.loads(frame.to_json(orient="records", double_precision=15))
+        click.echo(json.dumps({"version": JSON_VERSION, "rows": rows}, indent=1))
+    elif form == "csv":
+        click.echo(frame.to_csv(index=False), nl=False)
+    else:
+        click.echo(frame.to_string(index=False, na_rep="-", float_format=_short))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _plot(frame: "pd.DataFrame", lengths: "IntArray", device: Any, path: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'seqbatch[plot]'") from None
+    from seqbatch.plots import plot_efficiency, plot_throughput
+
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_efficiency(frame, lengths=lengths, ax=left)
+    plot_throughput(frame, device=device, ax=right)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    click.echo(f"wrote {path}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
