@@ -18,11 +18,11 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from seqbatch.edges import EDGE_RULES, find_edges
 from seqbatch.lengths import as_lengths
-from seqbatch.ordering import IntArray, constant, round_up, stable_order
+from seqbatch.ordering import ENOUGH_BITS, IntArray, constant, round_up, shuffle_within, stable_order
 from seqbatch.pieces import OVERLONG, fit_overlong, not_empty
 from seqbatch.plan import Plan, check_cost, dropped_rows
 from seqbatch.strategy import Strategy, check_choice, check_integer
@@ -129,12 +129,11 @@ class Bucketing(Strategy):
         pieces, empty = not_empty(as_lengths(lengths))
         limit, why = self._limit(int(pieces.length.max(initial=1)))
         pieces, overlong = fit_overlong(pieces, limit, self.overlong, why)
-        order = self._order(len(pieces.length), seed, epoch)
-        row = (self._into_buckets if self._has_buckets else self._into_pools)(pieces.length, order, limit)
+        row = (self._into_buckets if self._has_buckets else self._into_pools)(pieces.length, limit, seed, epoch)
         steps = round_up(row.values, self.pad_to_multiple_of)
         lanes = self._lanes_at(steps)
         lanes[row.alone_from :] = 0
-        ends, longest = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+        ends, longest = np.empty(len(row.order), np.int64), np.empty(len(row.order), np.int64)
         count = cut_batches(row.codes, lanes, self.batch_size_multiple, row.stops, ends, longest)
         ends, longest = ends[:count].copy(), longest[:count].copy()
         sizes, steps, lanes = np.diff(ends, prepend=0), steps[longest], lanes[longest]
@@ -189,25 +188,17 @@ class Bucketing(Strategy):
             why = f"max_tokens={self.max_tokens} with cost={self.cost}, pad_to_multiple_of={self.pad_to_multiple_of}"
         return low, why
 
-    def _into_pools(self, length: IntArray, order: IntArray, limit: int) -> "_Row":
-        """Cut the order into pools and sort each, every other one downwards."""
-        from seqbatch.kernels import pool_keys, read_pool_keys
-
+    def _into_pools(self, length: IntArray, limit: int, seed: int, epoch: int) -> "_Row":
+        """Draw pools and sort each by length, every other one downwards."""
         values, codes = _classes(length)
         count = len(length)
         per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(int(length.sum()), 1)
         window = min(self.window or max(-(-count // 8), 100 * per_batch), max(count, 1))
-        shift = (window - 1).bit_length()
-        keys = np.empty(count, np.int64)
-        # A narrow type keeps the one access that jumps about in the cache.
-        pool_keys(codes.astype(np.min_scalar_type(len(values))), order, window, len(values), shift, keys)
-        keys.sort()
-        row, row_codes = np.empty(count, np.int64), np.empty(count, np.int64)
-        read_pool_keys(keys, order, window, len(values), shift, row, row_codes)
-        row_length = row_codes if codes is length else values[row_codes]
-        return _Row(row, row_length, row_codes, values, int(np.searchsorted(values, limit, "right")), np.array([count]))
+        order, codes = _sort_pools(codes, len(values), window, self._words(count, seed, epoch))
+        row_length = codes if len(values) and values[-1] == len(values) - 1 else values[codes]
+        return _Row(order, row_length, codes, values, int(np.searchsorted(values, limit, "right")), np.array([count]))
 
-    def _into_buckets(self, length: IntArray, order: IntArray, limit: int) -> "_Row":
+    def _into_buckets(self, length: IntArray, limit: int, seed: int, epoch: int) -> "_Row":
         """Send every sequence to the smallest edge that holds it; those that none holds come last."""
         multiple = self.pad_to_multiple_of
         fitting = length[length <= limit]
@@ -218,9 +209,9 @@ class Bucketing(Strategy):
         else:
             edges = np.array([limit])
         bucket = np.where(length <= limit, np.searchsorted(edges, length), len(edges))
-        row = order[stable_order(bucket[order], bound=len(edges) + 1)]
-        row_length = length[row]
         stops = np.cumsum(np.bincount(bucket, minlength=len(edges) + 1))
+        row = shuffle_within(bucket, len(edges) + 1, self._words(len(length), seed, epoch))
+        row_length = length[row]
         if not self.static_shapes:
             values, codes = _classes(row_length)
             return _Row(row, row_length, codes, values, int(np.searchsorted(values, limit, "right")), stops)
@@ -239,6 +230,32 @@ class _Row(NamedTuple):
     values: IntArray  # (classes,) the length that a class is padded to
     alone_from: int  # classes from this one on fit into no batch
     stops: IntArray  # places in the row that no batch crosses
+
+
+def _sort_pools(
+    codes: IntArray, classes: int, window: int, words: NDArray[np.uint64] | None
+) -> tuple[IntArray, IntArray]:
+    """Return (order, codes in that order): rows drawn by `words`, cut into pools, each sorted by code."""
+    from seqbatch.kernels import draw_keys, pool_keys, read_pool_keys
+
+    count = len(codes)
+    num_pools = -(-count // window)
+    bits = [max(number - 1, 0).bit_length() for number in (classes, count, num_pools)]
+    if sum(bits) > 64 - ENOUGH_BITS:
+        row = np.arange(count) if words is None else np.argsort(words, kind="stable")
+        pool = np.arange(count) // window
+        code = np.where(pool % 2, classes - 1 - codes[row], codes[row])
+        row = row[stable_order(pool * classes + code, bound=num_pools * classes)]
+        return row, codes[row]
+    keys = np.zeros(count, np.uint64) if words is None else words
+    draw_keys(keys, codes, *bits[:2])
+    if words is not None:
+        keys.sort()
+    pool_keys(keys, window, classes, *bits)
+    keys.sort()
+    order, sorted_codes = np.empty(count, np.int64), np.empty(count, np.int64)
+    read_pool_keys(keys, window, classes, *bits, order, sorted_codes)
+    return order, sorted_codes
 
 
 def _classes(length: IntArray) -> tuple[IntArray, IntArray]:

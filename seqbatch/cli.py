@@ -259,7 +259,8 @@ def _draw_or_read(
     if path or corpus or (gamma and lognormal):
         raise click.UsageError("give one of LENGTHS, --corpus, --gamma and --lognormal")
     drawn = distributions.gamma(*gamma) if gamma else distributions.lognormal(*lognormal or ())
-    return drawn.lengths(count, seed=seed)
+    array: IntArray = drawn.lengths(count, seed=seed)
+    return array
 
 
 def _print(frame: "pd.DataFrame", form: str | None) -> None:

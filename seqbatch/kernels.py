@@ -17,6 +17,7 @@ from seqbatch.ordering import IntArray
 __all__ = [
     "best_fit",
     "cut_batches",
+    "draw_keys",
     "first_free",
     "group_by",
     "next_fit",
@@ -38,40 +39,69 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_compiled
-def pool_keys(codes: IntArray, order: IntArray, window: int, classes: int, shift: int, keys: IntArray) -> None:
-    """Make the keys that sort each pool by length, upwards and downwards in turn.
+def draw_keys(keys: NDArray[np.uint64], codes: IntArray, code_bits: int, place_bits: int) -> None:
+    """Turn random words into keys (random bits, code, place) that sort sequences at random.
 
     Args:
-        codes: (N,) length class of each sequence; a small integer type keeps it in the cache.
-        order: (N,) the row of sequences that is cut into pools.
+        keys: (N,) random words, changed in place.
+        codes: (N,) length class of each sequence.
+        code_bits: Bits that hold a class.
+        place_bits: Bits that hold a place in ``range(N)``.
+    """
+    low = np.uint64(code_bits + place_bits)
+    for i in range(len(keys)):
+        keys[i] = keys[i] >> low << low | np.uint64(codes[i]) << np.uint64(place_bits) | np.uint64(i)
+
+
+@_compiled
+def pool_keys(
+    keys: NDArray[np.uint64], window: int, classes: int, code_bits: int, place_bits: int, pool_bits: int
+) -> None:
+    """Turn sorted keys of `draw_keys` into keys (pool, code, random bits, place) that sort each pool.
+
+    Every other pool is sorted downwards, by its classes counted from the longest.
+
+    Args:
+        keys: (N,) keys in their sorted order, changed in place.
         window: Sequences of a pool.
         classes: Number of length classes.
-        shift: Bits of a place in a pool, which is the lowest part of a key.
-        keys: (N,) filled with the key of each place in the row.
+        code_bits: As in `draw_keys`.
+        place_bits: As in `draw_keys`.
+        pool_bits: Bits that hold a pool.
     """
-    for i in range(len(order)):
+    code_mask = (np.uint64(1) << np.uint64(code_bits)) - np.uint64(1)
+    place_mask = (np.uint64(1) << np.uint64(place_bits)) - np.uint64(1)
+    random_bits = np.uint64(64 - pool_bits - code_bits - place_bits)
+    random_mask = (np.uint64(1) << random_bits) - np.uint64(1)
+    for i in range(len(keys)):
+        key = keys[i]
         pool = i // window
-        code = np.int64(codes[order[i]])
-        key = pool * classes + (code if pool % 2 == 0 else classes - 1 - code)
-        keys[i] = (key << shift) | (i - pool * window)
+        code = (key >> np.uint64(place_bits)) & code_mask
+        if pool % 2 == 1:
+            code = np.uint64(classes - 1) - code
+        top = (np.uint64(pool) << np.uint64(code_bits)) | code
+        drawn = (key >> np.uint64(code_bits + place_bits)) & random_mask
+        keys[i] = (top << random_bits | drawn) << np.uint64(place_bits) | (key & place_mask)
 
 
 @_compiled
 def read_pool_keys(
-    keys: IntArray,
-    order: IntArray,
+    keys: NDArray[np.uint64],
     window: int,
     classes: int,
-    shift: int,
-    sorted_order: IntArray,
-    sorted_codes: IntArray,
+    code_bits: int,
+    place_bits: int,
+    pool_bits: int,
+    order: IntArray,
+    codes: IntArray,
 ) -> None:
-    """Fill the sequences and their length classes in the order of the sorted keys of `pool_keys`."""
+    """Fill the places and the length classes in the order of the sorted keys of `pool_keys`."""
+    code_mask = (np.uint64(1) << np.uint64(code_bits)) - np.uint64(1)
+    place_mask = (np.uint64(1) << np.uint64(place_bits)) - np.uint64(1)
     for i in range(len(keys)):
-        pool = i // window
-        code = (keys[i] >> shift) - pool * classes
-        sorted_codes[i] = code if pool % 2 == 0 else classes - 1 - code
-        sorted_order[i] = order[pool * window + (keys[i] & ((1 << shift) - 1))]
+        code = np.int64((keys[i] >> np.uint64(64 - pool_bits - code_bits)) & code_mask)
+        codes[i] = code if (i // window) % 2 == 0 else classes - 1 - code
+        order[i] = np.int64(keys[i] & place_mask)
 
 
 @_compiled

@@ -14,9 +14,13 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IntArray", "constant", "random_bits", "random_order", "round_up", "stable_order"]
+__all__ = ["IntArray", "constant", "random_bits", "random_order", "round_up", "shuffle_within", "stable_order"]
 
 IntArray = NDArray[np.int64]
+
+ENOUGH_BITS = 16
+"""Random bits below a class in a sort key. Members of a class that agree in all of them, one pair in
+65536 at most, keep their order."""
 
 
 def random_bits(count: int, *key: int | str) -> NDArray[np.uint64]:
@@ -77,6 +81,33 @@ def stable_order(keys: IntArray, bound: int) -> IntArray:
     keys.sort()
     keys &= (1 << shift) - 1
     return keys
+
+
+def shuffle_within(classes: IntArray, bound: int, words: NDArray[np.uint64] | None) -> IntArray:
+    """Return the positions that sort `classes`, the members of a class in random order.
+
+    Args:
+        classes: (N,) int64, each in ``range(bound)``; may be overwritten.
+        bound: One more than the largest class allowed.
+        words: (N,) uint64 random words, or None to keep the order in which the members came.
+
+    >>> shuffle_within(np.array([1, 0, 1, 1]), 2, random_bits(4, 0, 0, "order"))
+    array([1, 2, 3, 0])
+    """
+    if words is None:
+        return stable_order(classes, bound)
+    shift = max(len(classes) - 1, 0).bit_length()
+    spare = 63 - shift - (bound - 1).bit_length()
+    if spare < ENOUGH_BITS:
+        order = np.argsort(words, kind="stable")
+        return order[stable_order(classes[order], bound)]
+    classes <<= spare
+    classes |= (words >> np.uint64(64 - spare)).view(np.int64)
+    classes <<= shift
+    classes |= np.arange(len(classes))
+    classes.sort()
+    classes &= (1 << shift) - 1
+    return classes
 
 
 def constant(value: int, count: int) -> IntArray:

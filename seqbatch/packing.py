@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from seqbatch.lengths import as_lengths
-from seqbatch.ordering import random_order, stable_order
+from seqbatch.ordering import random_order, shuffle_within
 from seqbatch.pieces import OVERLONG, fit_overlong, not_empty
 from seqbatch.plan import Plan
 from seqbatch.strategy import Strategy, check_choice
@@ -64,11 +64,12 @@ class Packing(Strategy):
 
         pieces, empty = not_empty(as_lengths(lengths))
         pieces, overlong = fit_overlong(pieces, self.capacity, self.overlong, f"capacity={self.capacity}")
-        order = self._order(len(pieces.length), seed, epoch)
-        length = pieces.length[order]
         if self.algorithm == "best_fit":
-            longest_first = stable_order(length.max(initial=0) - length, bound=self.capacity)
-            order, length = order[longest_first], length[longest_first]
+            words = self._words(len(pieces.length), seed, epoch)
+            order = shuffle_within(self.capacity - pieces.length, self.capacity, words)
+        else:
+            order = self._order(len(pieces.length), seed, epoch)
+        length = pieces.length[order]
         bins, at_most = np.empty_like(length), self.max_sequences or max(len(length), 1)
         pack = kernels.best_fit if self.algorithm == "best_fit" else kernels.next_fit
         count = pack(length, self.capacity, at_most, bins)

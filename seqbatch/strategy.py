@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from seqbatch.ordering import IntArray, random_order
+from seqbatch.ordering import IntArray, random_bits, random_order
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from seqbatch.plan import Plan
 
@@ -62,6 +62,12 @@ class Strategy(ABC):
         check_integer("seed", seed, at_least=0)
         check_integer("epoch", epoch, at_least=0)
         return random_order(count, int(seed), int(epoch), "order") if self.shuffle else np.arange(count)
+
+    def _words(self, count: int, seed: int, epoch: int) -> "NDArray[np.uint64] | None":
+        """A random word for each of `count` pieces; None where they keep their order."""
+        check_integer("seed", seed, at_least=0)
+        check_integer("epoch", epoch, at_least=0)
+        return random_bits(count, int(seed), int(epoch), "order") if self.shuffle else None
 
     def _provenance(self, seed: int, epoch: int) -> dict[str, Any]:
         """The columns of a plan that say where it comes from."""
