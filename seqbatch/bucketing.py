@@ -65,7 +65,7 @@ class Bucketing(Strategy):
 
     >>> plan = Bucketing(max_tokens=12).plan([5, 1, 6, 2, 3, 1, 6])
     >>> int((plan.steps * plan.lanes).max()), plan.tokens, plan.cells
-    (12, 24, 26)
+    (12, 24, 30)
     """
 
     _: KW_ONLY
@@ -240,21 +240,21 @@ def _sort_pools(
 
     count = len(codes)
     num_pools = -(-count // window)
-    bits = [max(number - 1, 0).bit_length() for number in (classes, count, num_pools)]
-    if sum(bits) > 64 - ENOUGH_BITS:
+    code_bits, place_bits, pool_bits = (max(number - 1, 0).bit_length() for number in (classes, count, num_pools))
+    if code_bits + place_bits + pool_bits > 64 - ENOUGH_BITS:
         row = np.arange(count) if words is None else np.argsort(words, kind="stable")
         pool = np.arange(count) // window
         code = np.where(pool % 2, classes - 1 - codes[row], codes[row])
         row = row[stable_order(pool * classes + code, bound=num_pools * classes)]
         return row, codes[row]
     keys = np.zeros(count, np.uint64) if words is None else words
-    draw_keys(keys, codes, *bits[:2])
+    draw_keys(keys, codes, code_bits, place_bits)
     if words is not None:
         keys.sort()
-    pool_keys(keys, window, classes, *bits)
+    pool_keys(keys, window, classes, code_bits, place_bits, pool_bits)
     keys.sort()
     order, sorted_codes = np.empty(count, np.int64), np.empty(count, np.int64)
-    read_pool_keys(keys, window, classes, *bits, order, sorted_codes)
+    read_pool_keys(keys, window, classes, code_bits, place_bits, pool_bits, order, sorted_codes)
     return order, sorted_codes
 
 

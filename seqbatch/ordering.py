@@ -34,7 +34,7 @@ def random_bits(count: int, *key: int | str) -> NDArray[np.uint64]:
         (count,) uint64.
 
     >>> random_bits(2, 0, 0, "order")
-    array([11093120862763671317, 12276072128978096371], dtype=uint64)
+    array([4570755333774905865, 8042843257087479018], dtype=uint64)
     """
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
@@ -49,7 +49,7 @@ def random_order(count: int, *key: int | str) -> IntArray:
         where ``count < 2 ** b``) keep their order.
 
     >>> random_order(5, 0, 0, "order")
-    array([3, 4, 0, 1, 2])
+    array([0, 2, 4, 3, 1])
     """
     position_mask = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
     keys = random_bits(count, *key)
@@ -92,7 +92,7 @@ def shuffle_within(classes: IntArray, bound: int, words: NDArray[np.uint64] | No
         words: (N,) uint64 random words, or None to keep the order in which the members came.
 
     >>> shuffle_within(np.array([1, 0, 1, 1]), 2, random_bits(4, 0, 0, "order"))
-    array([1, 2, 3, 0])
+    array([1, 0, 2, 3])
     """
     if words is None:
         return stable_order(classes, bound)

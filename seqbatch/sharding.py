@@ -60,7 +60,7 @@ def schedule(
 
     >>> groups, left_over = schedule(np.array([5.0, 1.0, 5.0, 1.0, 3.0]), 2)
     >>> groups.tolist(), left_over.tolist()
-    ([[3, 1], [0, 2]], [4])
+    ([[1, 3], [0, 2]], [4])
     """
     phases = check_history(history)
     if phases and phases[-1][0] == num_replicas:
