@@ -20,8 +20,8 @@ lint: $(VENV)/test.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/test.installed
-	PYTHONPATH=. $(BIN)/python -m experiments.planning
-	PYTHONPATH=. $(BIN)/python -m experiments.strategies
+	PYTHONPATH=. $(BIN)/python -m experiments.planning.run
+	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqbatch needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'

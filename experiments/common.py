@@ -7,11 +7,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["environment", "peak_mib", "timed", "write_rows"]
+__all__ = ["environment", "peak_mib", "spread", "timed", "write_rows"]
 
 
 def environment() -> dict[str, str]:
@@ -47,20 +49,33 @@ def spread(seconds: list[float]) -> str:
     return f"{1e3 * middle:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})"
 
 
-def peak_mib(job: Callable[[], object]) -> float | None:
-    """Return by how many MiB `job` raised the process's resident memory at most; None where Linux is not."""
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not refs.exists():
+def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float | None:
+    """Return by how many MiB a job raises resident memory at most; None where Linux is not.
+
+    In a process of its own, so that no memory freed before is used again unseen.
+
+    Args:
+        prepare: An importable function that makes the input, warms up and returns the job.
+    """
+    if not Path("/proc/self/clear_refs").exists():
         return None
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_here, prepare).result()
 
+
+def _peak_here(prepare: Callable[[], Callable[[], object]]) -> float:
     def field(name: str) -> float:
-        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(name))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
+    job = prepare()
     gc.collect()
-    refs.write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")
     before = field("VmRSS")
-    job()
-    return field("VmHWM") - before
+    result = job()
+    peak = field("VmHWM") - before
+    del result
+    return peak
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:

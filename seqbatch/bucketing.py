@@ -124,7 +124,7 @@ class Bucketing(Strategy):
         return self.static_shapes or self.num_buckets is not None or self.bucket_edges is not None
 
     def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
-        from seqbatch.kernels import cut_batches
+        from seqbatch.kernels import cut_batches, number_lanes
 
         pieces, empty = not_empty(as_lengths(lengths))
         limit, why = self._limit(int(pieces.length.max(initial=1)))
@@ -145,14 +145,15 @@ class Bucketing(Strategy):
             dropped.append(dropped_rows("drop_last", *(column[~stays] for column in columns)))
             columns = tuple(column[stays] for column in columns)
             sizes, steps, lanes = sizes[kept], steps[kept], lanes[kept]
-        ends = np.cumsum(sizes)
+        lane = np.empty(len(columns[0]), np.int64)
+        number_lanes(sizes, lane)
         return Plan(
             sequence=columns[0],
             start=columns[1],
             length=columns[2],
             step=constant(0, len(columns[0])),
-            lane=np.arange(len(columns[0])) - np.repeat(ends - sizes, sizes),
-            batch_ptr=np.append([0], ends),
+            lane=lane,
+            batch_ptr=np.append([0], np.cumsum(sizes)),
             steps=steps,
             lanes=np.maximum(lanes, 1) if self.static_shapes else sizes,
             dropped=np.concatenate(dropped),
@@ -173,27 +174,26 @@ class Bucketing(Strategy):
 
     def _limit(self, longest: int) -> tuple[int, str]:
         """The most tokens a lane may hold, up to `longest`, and the setting that says so."""
-        why = f"max_tokens={self.max_tokens}" + ("" if self.cost == (1.0, 0.0) else f" at cost={self.cost}")
-        low, high = 0, longest
-        if self.bucket_edges is not None and self.bucket_edges[-1] < longest:
-            high, why = self.bucket_edges[-1], f"the last of bucket_edges, {self.bucket_edges[-1]},"
-        top = high
+        low, high = 0, min(longest, self.bucket_edges[-1] if self.bucket_edges is not None else longest)
+        limit = high
         while low < high:
             middle = (low + high + 1) // 2
             if self._lanes_at(round_up(np.array([middle]), self.pad_to_multiple_of))[0]:
                 low = middle
             else:
                 high = middle - 1
-        if low < top:
-            why = f"max_tokens={self.max_tokens} with cost={self.cost}, pad_to_multiple_of={self.pad_to_multiple_of}"
-        return low, why
+        if self.bucket_edges is not None and low == limit:
+            return low, f"the last of bucket_edges, {limit},"
+        why = f"max_tokens={self.max_tokens}"
+        why += f" at cost={self.cost}" if self.cost != (1.0, 0.0) else ""
+        return low, why + (f" with pad_to_multiple_of={self.pad_to_multiple_of}" if self.pad_to_multiple_of > 1 else "")
 
     def _into_pools(self, length: IntArray, limit: int, seed: int, epoch: int) -> "_Row":
         """Draw pools and sort each by length, every other one downwards."""
         values, codes = _classes(length)
         count = len(length)
         per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(int(length.sum()), 1)
-        window = min(self.window or max(-(-count // 8), 100 * per_batch), max(count, 1))
+        window = max(1, min(self.window or max(-(-count // 8), 100 * per_batch), count))
         order, codes = _sort_pools(codes, len(values), window, self._words(count, seed, epoch))
         row_length = codes if len(values) and values[-1] == len(values) - 1 else values[codes]
         return _Row(order, row_length, codes, values, int(np.searchsorted(values, limit, "right")), np.array([count]))
@@ -253,9 +253,9 @@ def _sort_pools(
         keys.sort()
     pool_keys(keys, window, classes, code_bits, place_bits, pool_bits)
     keys.sort()
-    order, sorted_codes = np.empty(count, np.int64), np.empty(count, np.int64)
-    read_pool_keys(keys, window, classes, code_bits, place_bits, pool_bits, order, sorted_codes)
-    return order, sorted_codes
+    sorted_codes = np.empty(count, np.int64)
+    read_pool_keys(keys, window, classes, code_bits, place_bits, pool_bits, sorted_codes)
+    return keys.view(np.int64), sorted_codes
 
 
 def _classes(length: IntArray) -> tuple[IntArray, IntArray]:

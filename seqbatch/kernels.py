@@ -21,6 +21,7 @@ __all__ = [
     "first_free",
     "group_by",
     "next_fit",
+    "number_lanes",
     "optimal_splits",
     "pool_keys",
     "read_pool_keys",
@@ -92,16 +93,25 @@ def read_pool_keys(
     code_bits: int,
     place_bits: int,
     pool_bits: int,
-    order: IntArray,
     codes: IntArray,
 ) -> None:
-    """Fill the places and the length classes in the order of the sorted keys of `pool_keys`."""
+    """Turn the sorted keys of `pool_keys` into places, and fill the length classes in that order."""
     code_mask = (np.uint64(1) << np.uint64(code_bits)) - np.uint64(1)
     place_mask = (np.uint64(1) << np.uint64(place_bits)) - np.uint64(1)
     for i in range(len(keys)):
         code = np.int64((keys[i] >> np.uint64(64 - pool_bits - code_bits)) & code_mask)
         codes[i] = code if (i // window) % 2 == 0 else classes - 1 - code
-        order[i] = np.int64(keys[i] & place_mask)
+        keys[i] &= place_mask
+
+
+@_compiled
+def number_lanes(sizes: IntArray, lane: IntArray) -> None:
+    """Fill `lane` with 0, 1, ... ``size - 1`` for each size in turn."""
+    i = 0
+    for size in sizes:
+        for number in range(size):
+            lane[i] = number
+            i += 1
 
 
 @_compiled

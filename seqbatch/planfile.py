@@ -40,7 +40,7 @@ def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: not a plan file, a truncated one, or one of another version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             if header["format"] != "seqbatch plan":
                 raise KeyError("header")

@@ -60,7 +60,7 @@ def schedule(
 
     >>> groups, left_over = schedule(np.array([5.0, 1.0, 5.0, 1.0, 3.0]), 2)
     >>> groups.tolist(), left_over.tolist()
-    ([[1, 3], [0, 2]], [4])
+    ([[1, 3], [4, 2]], [0])
     """
     phases = check_history(history)
     if phases and phases[-1][0] == num_replicas:
@@ -113,11 +113,11 @@ def _order(
     words = random_bits(len(remaining) + num_groups + 1, *key, "ranks", repr((done, num_replicas)))
     ties, order_keys, place = words[: len(remaining)], words[len(remaining) : -1], words[-1]
     by_cost = remaining[np.lexsort((ties, _comparable(costs[remaining])))]
-    # A random place, so that no length is more likely than another to be left over.
-    at = num_replicas * int(place % np.uint64(num_groups + 1))
-    left_over = by_cost[at : at + num_left][::-1]
-    groups = np.delete(by_cost, slice(at, at + num_left)).reshape(num_groups, num_replicas)
-    return groups[np.argsort(order_keys, kind="stable")], left_over
+    # A random place, around the end too, so that no batch is more likely than another to be left over.
+    at = int(place % np.uint64(max(len(remaining), 1)))
+    left = np.sort((at + np.arange(num_left)) % max(len(remaining), 1))
+    groups = np.delete(by_cost, left).reshape(num_groups, num_replicas)
+    return groups[np.argsort(order_keys, kind="stable")], by_cost[left[::-1]]
 
 
 def _comparable(costs: NDArray[np.float64]) -> IntArray:

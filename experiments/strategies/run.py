@@ -1,6 +1,6 @@
 """The talk's strategies side by side with the expected values; see README.md beside this file.
 
-python -m experiments.strategies
+python -m experiments.strategies.run
 """
 
 from pathlib import Path
