@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := padding,token_budget,static_shapes,splicing,chunking,packing
 
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.installed
 	@mkdir -p report
-	$(BIN)/seqbatch simulate --corpus ud_en_ewt --batch-sizes 8,32,128 --plot report/ud_en_ewt.png
-	$(BIN)/seqbatch simulate --corpus librispeech_devtest_clean --chunk-size 200 --batch-sizes 8,32,128 --plot report/librispeech_devtest_clean.png
+	$(BIN)/seqbatch simulate --corpus ud_en_ewt --strategies $(DEMO) --plot report/ud_en_ewt.png
+	$(BIN)/seqbatch simulate --corpus librispeech_devtest_clean --chunk-size 200 --strategies $(DEMO) \
+		--plot report/librispeech_devtest_clean.png
 	@echo "The pictures are report/ud_en_ewt.png and report/librispeech_devtest_clean.png"
 
 test: $(VENV)/test.installed lint

@@ -5,11 +5,13 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
@@ -22,9 +24,12 @@ from seqbatch.strategy import check_choice
 __all__ = ["UNITS", "as_lengths", "corpus_names", "describe", "load_corpus", "read_lengths"]
 
 UNITS = ("words", "characters", "bytes")
+"""In what `read_lengths` measures texts."""
 
 _MOST_TOKENS = 2**62  # planners add lengths in int64: one bit is left for sums of steps and padding
+_HOW_TO_MEASURE = f"to measure texts give unit=, one of {', '.join(map(repr, UNITS))}"
 _CORPUS_SUFFIX = ".txt.gz"
+_INTEGER_LINES = re.compile(rb"(?:\xef\xbb\xbf)?(?:[ \t]*+[0-9]{1,18}+[ \t\r]*+(?:\n|\Z))++\s*+")
 
 
 def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
@@ -55,9 +60,7 @@ def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         first = int(np.flatnonzero(array < 0)[0])
         raise ValueError(f"lengths must not be negative, got {array[first]} at index {first}")
     if largest > _MOST_TOKENS or (largest * len(array) > _MOST_TOKENS and _exact_sum(array) > _MOST_TOKENS):
-        raise ValueError(
-            f"lengths add up to more than 2**62 tokens (the longest is {largest}): are they in the right unit?"
-        )
+        raise ValueError(f"lengths add up to more than 2**62 tokens (the longest is {largest}): is the unit right?")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
@@ -82,16 +85,12 @@ def describe(lengths: ArrayLike) -> dict[str, float | int]:
     filled = array[array > 0]
     if not len(filled):
         raise ValueError(f"all {len(array)} sequences are empty: there is nothing to describe")
+    counts = {"count": len(array), "empty": len(array) - len(filled), "tokens": int(filled.sum())}
     mean, std = float(filled.mean()), float(filled.std())
-    result: dict[str, float | int] = {
-        "count": len(array),
-        "empty": len(array) - len(filled),
-        "tokens": int(filled.sum()),
-    }
-    result |= {"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())}
+    percentiles = np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist()
     names = ("p05", "p25", "median", "p75", "p95", "p99")
-    result |= dict(zip(names, np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist(), strict=True))
-    return result | {"max": int(filled.max())}
+    spread = {"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())}
+    return counts | spread | dict(zip(names, percentiles, strict=True)) | {"max": int(filled.max())}
 
 
 def corpus_names() -> list[str]:
@@ -213,17 +212,19 @@ class _Request(NamedTuple):
     def refuse(self, line: int, why: str) -> NoReturn:
         raise ValueError(f"{self.name}, line {line}: {why}")
 
-    def choose(self, columns: list[str]) -> str:
-        there = f"it has {', '.join(map(repr, columns)) or 'none'}"
-        if self.column is None and len(columns) != 1:
-            raise ValueError(f"{self.name}: which column? Name one with column=; {there}")
-        if self.column is not None and self.column not in columns:
-            raise ValueError(f"{self.name} has no column {self.column!r}; {there}")
-        return self.column if self.column is not None else columns[0]
+    def choose(self, columns: list[str], where: str = "") -> str:
+        if self.column in columns:
+            return cast(str, self.column)
+        if self.column is None and len(columns) == 1:
+            return columns[0]
+        missing = "name a column with column=" if self.column is None else f"no column {self.column!r}"
+        raise ValueError(f"{self.name}{where}: {missing}; there are {', '.join(map(repr, columns)) or 'none'}")
 
-    def no_column(self, what: str) -> None:
+    def expect(self, what: str, units: tuple[str, ...]) -> None:
         if self.column is not None:
-            raise ValueError(f"{self.name} is read as {what}, which has no columns: leave out column={self.column!r}")
+            raise ValueError(f"{self.name}: {what} has no columns, leave out column={self.column!r}")
+        if self.unit is not None and self.unit not in units:
+            raise ValueError(f"{self.name}: {what} is not measured in {self.unit}, leave out unit={self.unit!r}")
 
 
 @contextmanager
@@ -253,9 +254,9 @@ def _lines(request: _Request, stream: BinaryIO) -> Iterator[tuple[int, str]]:
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            request.refuse(number, "looks binary (not UTF-8 text); the formats are in help(seqbatch.read_lengths)")
+            text = "\0"
         if "\0" in text:
-            request.refuse(number, "looks binary (a NUL byte); the formats are in help(seqbatch.read_lengths)")
+            request.refuse(number, "looks binary: neither UTF-8 text nor a format that seqbatch.read_lengths names")
         yield number, text.removesuffix("\n").removesuffix("\r")
 
 
@@ -278,10 +279,9 @@ def _measure(text: str, unit: str) -> int:
 def _integer(request: _Request, number: int, text: str) -> int:
     digits = text.strip()
     if not digits:
-        request.refuse(number, "blank, but each line must be a length; with unit= a blank line is an empty sequence")
+        request.refuse(number, "blank, where a length is needed; with unit= it would be an empty sequence")
     if not (digits.isascii() and digits.isdigit()):
-        hint = f"to measure texts give unit=, one of {', '.join(map(repr, UNITS))}"
-        request.refuse(number, f"{digits[:40]!r} is not a non-negative integer; {hint}")
+        request.refuse(number, f"{digits[:40]!r} is not a non-negative integer; {_HOW_TO_MEASURE}")
     if len(digits.lstrip("0")) > 19:  # 2**62 has 19 digits; int() itself refuses more than 4300
         request.refuse(number, f"{digits[:40]} is beyond 2**62 tokens")
     return int(digits)
@@ -294,44 +294,27 @@ def _length(request: _Request, where: str, value: object) -> int:
         return len(value)
     if isinstance(value, str) and request.unit is not None:
         return _measure(value, request.unit)
-    hint = (
-        f"give unit=, one of {', '.join(map(repr, UNITS))}"
-        if isinstance(value, str)
-        else "an integer or a list is needed"
-    )
+    hint = _HOW_TO_MEASURE if isinstance(value, str) else "an integer or a list is needed"
     raise ValueError(f"{request.name}, {where}: {value!r:.40} is not a length; {hint}")
 
 
-def _parse_digits(data: bytes) -> NDArray[np.int64] | None:
-    """Parse one integer per line, or return None where a line may be anything else."""
-    body = data.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").rstrip()
-    if not body or body.translate(None, b"0123456789\n") or body.startswith(b"\n") or b"\n\n" in body:
-        return None
-    values = np.fromstring(body, np.int64, sep="\n")
-    return values if values.max() < _MOST_TOKENS else None  # more digits than int64 has parse as its maximum
-
-
 def _read_text(request: _Request, stream: BinaryIO) -> ArrayLike:
-    request.no_column("text")
+    request.expect("plain text", UNITS)
     if request.unit is not None:
         unit = request.unit
         return np.fromiter((_measure(text, unit) for _, text in _lines(request, stream)), np.int64)
     data = stream.read()
-    values = _parse_digits(data)
-    if values is not None:
-        return values
+    if _INTEGER_LINES.fullmatch(data):
+        return np.fromstring(data.removeprefix(BOM_UTF8), np.int64, sep="\n")
     return [_integer(request, number, text) for number, text in _records(request, io.BytesIO(data))]
 
 
 def _read_npy(request: _Request, stream: BinaryIO) -> ArrayLike:
-    request.no_column("an array")
-    if request.unit is not None:
-        raise ValueError(f"{request.name} holds numbers, not texts: leave out unit={request.unit!r}")
+    request.expect("an array", ())
     try:
-        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(stream.read()), allow_pickle=False)
+        return np.asarray(np.lib.format.read_array(io.BytesIO(stream.read()), allow_pickle=False))
     except (ValueError, MemoryError) as error:
         raise ValueError(f"{request.name} is not a .npy file of integers, or is truncated ({error})") from error
-    return array
 
 
 def _read_csv(request: _Request, stream: BinaryIO, delimiter: str = ",") -> ArrayLike:
@@ -353,10 +336,6 @@ def _cell(request: _Request, number: int, row: list[str], index: int, width: int
     return _integer(request, number, text) if request.unit is None else _measure(text, request.unit)
 
 
-def _read_tsv(request: _Request, stream: BinaryIO) -> ArrayLike:
-    return _read_csv(request, stream, "\t")
-
-
 def _read_jsonl(request: _Request, stream: BinaryIO) -> ArrayLike:
     return [_json_length(request, number, text) for number, text in _records(request, stream)]
 
@@ -368,9 +347,7 @@ def _json_length(request: _Request, number: int, text: str) -> int:
         request.refuse(number, f"not JSON ({error})")
     if not isinstance(record, dict):
         request.refuse(number, f"{text[:40]} is not a JSON object with a key for the length")
-    if number == 1 or request.column not in record:
-        request = request._replace(name=f"{request.name}, line {number}")
-    return _length(request, f"line {number}", record[request.choose(list(record))])
+    return _length(request, f"line {number}", record[request.choose(list(record), f", line {number}")])
 
 
 def _read_parquet(request: _Request, stream: BinaryIO) -> ArrayLike:
@@ -392,9 +369,7 @@ def _read_parquet(request: _Request, stream: BinaryIO) -> ArrayLike:
 
 
 def _read_fasta(request: _Request, stream: BinaryIO) -> ArrayLike:
-    request.no_column("FASTA")
-    if request.unit not in (None, "characters"):
-        raise ValueError(f"{request.name}: FASTA records are measured in 'characters', got unit={request.unit!r}")
+    request.expect("FASTA", ("characters",))
     counts: list[int] = []
     for number, text in _lines(request, stream):
         if text.startswith(">"):
@@ -409,7 +384,7 @@ def _read_fasta(request: _Request, stream: BinaryIO) -> ArrayLike:
 _READERS: dict[str, Callable[[_Request, BinaryIO], ArrayLike]] = {
     ".npy": _read_npy,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     **dict.fromkeys((".fasta", ".fa", ".faa"), _read_fasta),
