@@ -23,9 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 from seqbatch.edges import EDGE_RULES, find_edges
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import ENOUGH_BITS, IntArray, constant, round_up, shuffle_within, stable_order
-from seqbatch.pieces import OVERLONG, fit_overlong, not_empty
-from seqbatch.plan import Plan, check_cost, dropped_rows
-from seqbatch.strategy import Strategy, check_choice, check_integer
+from seqbatch.pieces import OVERLONG, dropped_rows, fit_overlong, not_empty
+from seqbatch.plan import Plan
+from seqbatch.strategy import Strategy, check_choice, check_cost, check_integer
 
 __all__ = ["Bucketing"]
 

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import constant, round_up
-from seqbatch.pieces import Pieces, not_empty
-from seqbatch.plan import Plan, dropped_rows
+from seqbatch.pieces import Pieces, dropped_rows, not_empty
+from seqbatch.plan import Plan
 from seqbatch.splicing import cut_windows, deal_lanes
 from seqbatch.strategy import Strategy
 

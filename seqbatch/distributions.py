@@ -6,6 +6,7 @@ lengths for gamma distributed; Furuhashi (2012, J. Phys. Soc. Japan 81, 034004) 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -20,8 +21,12 @@ __all__ = ["Distribution", "Fit", "expected_efficiency", "fit", "gamma", "lognor
 
 Floats = NDArray[np.float64]
 
-_POISSON_LIMIT = 1e6
-"""The largest r of a negative binomial that is fitted: its variance is then the mean's, to one in a million."""
+_POISSON_LIMIT = 1e4
+"""The largest r of a negative binomial that is fitted, over its mean: its variance is then the mean, to 0.01%."""
+_MOST = 2.0**53
+"""Lengths from here on are no longer exact in float64."""
+_EXACT_SUM = 2**18
+"""Sums over whole lengths are taken term by term up to here; the midpoint rule is exact to 1e-8 beyond."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Distribution(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+                raise TypeError(f"{field.name} of a {type(self).__name__} distribution must be a number, got {value!r}")
             if not np.isfinite(value) or (value <= 0 and field.name != "mu"):
                 kind = "finite" if field.name == "mu" else "positive and finite"
                 raise ValueError(f"{field.name} of a {type(self).__name__} distribution must be {kind}, got {value}")
@@ -39,32 +46,43 @@ class Distribution(ABC):
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name):.6g}' for f in fields(self))})"
 
     @abstractmethod
-    def cdf(self, x: ArrayLike) -> Floats:
-        """Return the probability of a value of at most `x`."""
+    def cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return the probability of a value of at most `x`; if `above`, that of a larger one, as precisely."""
 
     @abstractmethod
     def mean(self) -> float:
         """Return the mean."""
 
     @abstractmethod
+    def _share_above(self, x: Floats) -> Floats:
+        """Return which share of the mean is due to values above `x`."""
+
+    @abstractmethod
     def quantile(self, u: Floats) -> Floats:
         """Return the smallest value whose `cdf` is at least `u`, each in (0, 1)."""
 
-    def length_cdf(self, x: IntArray) -> Floats:
-        """Return the probability of a *length* of at most `x`, whole numbers from 1 up.
+    def length_cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return the probability of a *length* of at most (or above) `x`, smooth between whole numbers from 1 up.
 
         A length is the value rounded to the nearest whole number, and at least 1.
         """
-        return np.where(x < 1, 0.0, self.cdf(np.asarray(x) + 0.5))
+        return np.where(np.less(x, 1), float(above), self.cdf(np.asarray(x) + 0.5, above=above))
 
     def lengths(self, count: int, *, seed: int = 0) -> IntArray:
-        """Draw lengths: (count,) int64, at least 1, the same for the same seed on every platform's Philox.
+        """Draw lengths: (count,) int64, at least 1, the inverse `cdf` of fixed random bits for each seed.
+
+        Raises:
+            ValueError: for a length of 2**53 or more.
 
         >>> gamma(2, 10).lengths(4)
         array([16, 16, 34, 23])
         """
-        drawn = self.quantile(_uniforms(check_integer("count", count, at_least=1), seed))
-        return np.maximum(np.rint(drawn), 1).astype(np.int64)
+        uniforms = _uniforms(check_integer("count", count, at_least=1), seed)
+        with np.errstate(over="ignore"):
+            drawn = np.maximum(np.rint(self.quantile(uniforms)), 1)
+        if not drawn.max() < _MOST:
+            raise ValueError(f"{self} draws a length of {drawn.max():.3g}, more than int64 and float64 share (2**53)")
+        return drawn.astype(np.int64)
 
     def expected_efficiency(self, batch_size: int, *, discrete: bool = False) -> float:
         """Return ``E[L] / E[max of B]``, the share of cells that random batches of B use.
@@ -75,6 +93,9 @@ class Distribution(ABC):
             batch_size: B.
             discrete: For lengths as `lengths` draws them instead of the distribution itself.
 
+        Raises:
+            ValueError: a mean of 2**53 or more, or a `batch_size` below 1.
+
         >>> round(gamma(2, 10).expected_efficiency(2), 6) == round(8 / 11, 6)
         True
         """
@@ -83,16 +104,40 @@ class Distribution(ABC):
         return one / largest
 
     def _expected_max(self, size: int, discrete: bool) -> float:
-        if discrete:
-            support = np.arange(int(self.quantile(np.array([1 - 1e-15 / size]))[0]) + 2)
-            return float((1 - self.length_cdf(support) ** size).sum())
-        # Gauss-Legendre between quantiles of the maximum, close to each other where it falls steeply.
+        if not discrete:
+            return self._integral(self.cdf, size, 0)
+        exact = np.arange(int(min(self._end(size), _EXACT_SUM)) + 1)
+        terms = _any_above(self.length_cdf(exact, above=True), size)
+        return float(terms.sum()) + self._integral(self.length_cdf, size, len(exact) - 0.5)
+
+    def _integral(self, cdf: Callable[..., Floats], size: int, begin: float) -> float:
+        """Integrate ``1 - cdf(x) ** size`` from `begin` on.
+
+        By Gauss-Legendre over ``log x``, in which heavy tails are short, between the quantiles of the
+        maximum, close to each other where it falls steeply, and every factor of e above the mean.
+        """
+        lowest, highest = max(begin, self.mean() * 1e-18), self._end(size)
+        if lowest >= highest:
+            return 0.0
         tails = 10.0 ** np.arange(-14.0, -1)
         levels = np.concatenate([tails, np.linspace(0.1, 0.9, 9), 1 - tails[::-1]])
-        ends = np.append(0.0, self.quantile(np.minimum(levels ** (1 / size), 1 - 2.0**-53)))
+        steep = self.quantile(np.minimum(levels ** (1 / size), 1 - 2.0**-53))
+        steps = self.mean() * np.exp(np.arange(np.log(highest / self.mean())))
+        ends = np.log(np.unique(np.clip([lowest, *steep, *steps, highest], lowest, highest)))
         nodes, weights = np.polynomial.legendre.leggauss(40)
         middle, half = (ends[1:] + ends[:-1])[:, None] / 2, np.diff(ends)[:, None] / 2
-        return float((half * weights * (1 - self.cdf(middle + half * nodes) ** size)).sum())
+        x = np.exp(middle + half * nodes)
+        return float((half * weights * x * _any_above(cdf(x, above=True), size)).sum())
+
+    def _end(self, size: int) -> float:
+        """Return a value above which the largest of `size` owes less than 1e-17 of its mean."""
+        steps = self.mean() * np.exp(np.arange(500.0))
+        enough = steps[self._share_above(steps) * size < 1e-17]
+        if not (self.mean() < _MOST and len(enough)):
+            raise ValueError(
+                f"{self} is no distribution of lengths: its mean is {self.mean():.3g}, or its tail is too long"
+            )
+        return float(enough[0])
 
 
 @dataclass(frozen=True)
@@ -106,15 +151,18 @@ class gamma(Distribution):
     shape: float
     scale: float
 
-    def cdf(self, x: ArrayLike) -> Floats:
-        """Return the regularised incomplete gamma function of ``x / scale``."""
-        from scipy.special import gammainc
+    def cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return the regularised incomplete gamma function of ``x / scale``, lower or upper."""
+        from scipy.special import gammainc, gammaincc
 
-        return np.asarray(gammainc(self.shape, np.maximum(x, 0) / self.scale))
+        return np.asarray((gammaincc if above else gammainc)(self.shape, np.maximum(x, 0) / self.scale))
 
     def mean(self) -> float:
         """Return shape times scale."""
         return float(self.shape * self.scale)
+
+    def _share_above(self, x: Floats) -> Floats:
+        return gamma(self.shape + 1, self.scale).cdf(x, above=True)
 
     def quantile(self, u: Floats) -> Floats:
         """Return the inverse of `cdf`."""
@@ -134,16 +182,21 @@ class lognormal(Distribution):
     mu: float
     sigma: float
 
-    def cdf(self, x: ArrayLike) -> Floats:
-        """Return the normal distribution function of ``(log x - mu) / sigma``."""
+    def cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return the normal distribution function of ``(log x - mu) / sigma``, or of its negative."""
         from scipy.special import ndtr
 
         with np.errstate(divide="ignore"):
-            return np.asarray(ndtr((np.log(np.maximum(x, 0)) - self.mu) / self.sigma))
+            score = (np.log(np.maximum(x, 0)) - self.mu) / self.sigma
+        return np.asarray(ndtr(-score if above else score))
+
+    def _share_above(self, x: Floats) -> Floats:
+        return lognormal(self.mu + self.sigma**2, self.sigma).cdf(x, above=True)
 
     def mean(self) -> float:
         """Return ``exp(mu + sigma**2 / 2)``."""
-        return float(np.exp(self.mu + self.sigma**2 / 2))
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mu + self.sigma**2 / 2))
 
     def quantile(self, u: Floats) -> Floats:
         """Return the inverse of `cdf`."""
@@ -168,29 +221,37 @@ class negative_binomial(Distribution):
         if self.p > 1:
             raise ValueError(f"p of a negative_binomial distribution must be at most 1, got {self.p}")
 
-    def cdf(self, x: ArrayLike) -> Floats:
-        """Return the regularised incomplete beta function at p; steps at whole numbers from 1 up."""
-        from scipy.special import betainc
+    def cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return `length_cdf` at the whole number below `x`: values are lengths already."""
+        return self.length_cdf(np.floor(x), above=above)
 
-        failures = np.floor(np.asarray(x, dtype=np.float64)) - 1
-        return np.where(failures < 0, 0.0, betainc(self.r, np.maximum(failures, 0) + 1, self.p))
+    def length_cdf(self, x: ArrayLike, *, above: bool = False) -> Floats:
+        """Return the regularised incomplete beta function at p, or its complement."""
+        from scipy.special import betainc, betaincc
+
+        return np.where(np.less(x, 1), float(above), (betaincc if above else betainc)(self.r, np.maximum(x, 1), self.p))
+
+    def _share_above(self, x: Floats) -> Floats:
+        # That of the "one plus" is left out, which falls faster.
+        return negative_binomial(self.r + 1, self.p).length_cdf(x, above=True)
 
     def mean(self) -> float:
         """Return ``1 + r (1 - p) / p``."""
         return 1 + self.r * (1 - self.p) / self.p
 
     def quantile(self, u: Floats) -> Floats:
-        """Return the inverse of `cdf`, looked up among all lengths that occur."""
-        spread = np.sqrt(self.r * (1 - self.p)) / self.p
-        top = self.mean() + 8 * spread + 8
+        """Return the inverse of `cdf`, looked up among at most 65,536 lengths and bisected between them."""
+        top = 2 * self.mean() + 8
         while self.cdf(top) < np.max(u):
             top *= 1.5
-        support = np.arange(1, int(top) + 2)
-        return support[np.searchsorted(self.cdf(support), u)].astype(np.float64)
-
-    def length_cdf(self, x: IntArray) -> Floats:
-        """Return `cdf`: values are whole lengths already."""
-        return self.cdf(x)
+        knots = np.unique(np.linspace(0, np.ceil(top), min(int(top) + 2, 2**16)).astype(np.int64))
+        index = np.searchsorted(self.cdf(knots), u)
+        low, high = knots[index - 1], knots[index]
+        while (high - low).max() > 1:
+            middle = (low + high) // 2
+            reached = self.cdf(middle) >= u
+            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+        return high.astype(np.float64)
 
     def expected_efficiency(self, batch_size: int, *, discrete: bool = True) -> float:
         """Return ``E[L] / E[max of B]`` by summing over whole lengths."""
@@ -202,7 +263,10 @@ class Fit(NamedTuple):
 
     distribution: Distribution
     log_likelihood: float
-    """Of the whole lengths: the sum of ``log(length_cdf(l) - length_cdf(l - 1))``, comparable over families."""
+    """Of the whole lengths: the sum of ``log(length_cdf(l) - length_cdf(l - 1))``, comparable over families.
+
+    A length of a probability below 2.2e-308 counts as if it had that.
+    """
     ks_distance: float
     """Kolmogorov-Smirnov: the largest gap between the two distribution functions at whole lengths."""
 
@@ -210,10 +274,18 @@ class Fit(NamedTuple):
 def fit(lengths: ArrayLike) -> list[Fit]:
     """Fit all families to the non-empty lengths, the closest by Kolmogorov-Smirnov distance first.
 
-    The parameters of gamma and lognormal maximise the likelihood of the continuous density.
+    The parameters of gamma and lognormal maximise the likelihood of the continuous density, those of the
+    negative binomial that of the lengths less one. Lengths that vary no more than a Poisson distribution
+    have no largest likelihood: they get an r of 10,000 times their mean, which is Poisson's to 0.01%.
+
+    Args:
+        lengths: (N,) integers.
+
+    Returns:
+        One :class:`Fit` for each of the three families.
 
     Raises:
-        ValueError: fewer than two distinct lengths, which no family can be fitted to.
+        ValueError: fewer than two different lengths, or all the same to 1e-7, which no family can be fitted to.
 
     >>> best = fit(lognormal(3, 0.7).lengths(4000))[0]
     >>> type(best.distribution).__name__, best.ks_distance < 0.02
@@ -221,16 +293,19 @@ def fit(lengths: ArrayLike) -> list[Fit]:
     """
     array = as_lengths(lengths)
     values, counts = np.unique(array[array > 0], return_counts=True)
-    if len(values) < 2:
-        what = f"all lengths are {values[0]}" if len(values) else "all sequences are empty"
-        raise ValueError(f"{what}: a distribution needs at least two different lengths to be fitted to")
+    if not len(values) or values[-1] - values[0] <= 1e-7 * values[0]:
+        alike = f"all {counts.sum()} lengths are equal to {values[0]}" if len(values) else "all sequences are empty"
+        what = alike if len(values) < 2 else f"all lengths are between {values[0]} and {values[-1]}"
+        raise ValueError(f"{what}: a distribution needs lengths that differ to be fitted to")
     empirical = np.cumsum(counts) / counts.sum()
     fits = []
     for find in (_fit_gamma, _fit_lognormal, _fit_negative_binomial):
         found = find(values, counts)
         after, before = found.length_cdf(values), found.length_cdf(values - 1)
         gap = max(np.abs(after - empirical).max(), np.abs(before - np.append(0, empirical[:-1])).max())
-        likelihood = np.log(np.maximum(after - before, np.finfo(float).tiny))
+        upper = found.length_cdf(values - 1, above=True) - found.length_cdf(values, above=True)
+        probability = np.where(after > 0.5, upper, after - before)  # each loses no digits on its side
+        likelihood = np.log(np.maximum(probability, np.finfo(float).tiny))
         fits.append(Fit(found, float((counts * likelihood).sum()), float(gap)))
     return sorted(fits, key=lambda f: f.ks_distance)
 
@@ -241,9 +316,14 @@ def _fit_gamma(values: IntArray, counts: IntArray) -> Distribution:
     from scipy.special import digamma
 
     mean = np.average(values, weights=counts)
-    gap = np.log(mean) - np.average(np.log(values), weights=counts)
-    # log k - digamma(k) lies between 1/2k and 1/k (Alzer 1997), which brackets the root.
-    shape = brentq(lambda k: np.log(k) - digamma(k) - gap, 0.4 / gap, 1.1 / gap, xtol=1e-12)
+    apart = (values - mean) / mean
+    # log(mean) - mean(log) as a sum of terms that are not negative, so that it keeps its digits.
+    gap = np.average(apart - np.log1p(apart), weights=counts)
+    if gap < 1e-6:
+        shape = 0.5 / gap + 1 / 6  # of log k - digamma(k) = 1/2k + 1/12k**2, which then is below the rounding
+    else:
+        # log k - digamma(k) lies between 1/2k and 1/k (Alzer 1997), which brackets the root.
+        shape = brentq(lambda k: np.log(k) - digamma(k) - gap, 0.4 / gap, 1.1 / gap, xtol=1e-12)
     return gamma(float(shape), float(mean / shape))
 
 
@@ -254,12 +334,15 @@ def _fit_lognormal(values: IntArray, counts: IntArray) -> Distribution:
 
 
 def _fit_negative_binomial(values: IntArray, counts: IntArray) -> Distribution:
-    """Maximise over log r; p follows from the mean. Less spread than Poisson's ends at the largest r."""
+    """Maximise over log r; p follows from the mean. No more spread than Poisson's is the largest r."""
     from scipy.optimize import minimize_scalar
     from scipy.special import gammaln
 
     failures = values - 1
     mean = float(np.average(failures, weights=counts))
+    limit = _POISSON_LIMIT * max(mean, 1.0)
+    if np.average((failures - mean) ** 2, weights=counts) <= mean:
+        return negative_binomial(limit, limit / (limit + mean))
 
     def loss(log_r: float) -> float:
         r = np.exp(log_r)
@@ -267,7 +350,7 @@ def _fit_negative_binomial(values: IntArray, counts: IntArray) -> Distribution:
         terms = gammaln(failures + r) - gammaln(r) + r * np.log(p) + failures * np.log1p(-p)
         return -float(np.average(terms, weights=counts))
 
-    bounds = (np.log(1e-3), np.log(_POISSON_LIMIT))
+    bounds = (np.log(1e-9), np.log(limit))
     r = float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-10}).x))
     return negative_binomial(r, r / (r + mean))
 
@@ -326,3 +409,10 @@ def _uniforms(count: int, seed: int) -> Floats:
     """Uniform numbers strictly between 0 and 1, of 53 random bits each."""
     words = random_bits(count, check_integer("seed", seed, at_least=0), "lengths")
     return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _any_above(above: Floats, size: int) -> Floats:
+    """Return ``1 - (1 - above) ** size`` with all digits of small ones."""
+    from scipy.special import xlog1py
+
+    return np.asarray(-np.expm1(xlog1py(size, -above)))

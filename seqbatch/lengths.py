@@ -85,12 +85,13 @@ def describe(lengths: ArrayLike) -> dict[str, float | int]:
     filled = array[array > 0]
     if not len(filled):
         raise ValueError(f"all {len(array)} sequences are empty: there is nothing to describe")
-    counts = {"count": len(array), "empty": len(array) - len(filled), "tokens": int(filled.sum())}
     mean, std = float(filled.mean()), float(filled.std())
-    percentiles = np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist()
-    names = ("p05", "p25", "median", "p75", "p95", "p99")
-    spread = {"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())}
-    return counts | spread | dict(zip(names, percentiles, strict=True)) | {"max": int(filled.max())}
+    p05, p25, median, p75, p95, p99 = np.percentile(filled, (5, 25, 50, 75, 95, 99)).tolist()
+    return {
+        **{"count": len(array), "empty": len(array) - len(filled), "tokens": int(filled.sum())},
+        **{"mean": mean, "std": std, "cv": std / mean, "min": int(filled.min())},
+        **{"p05": p05, "p25": p25, "median": median, "p75": p75, "p95": p95, "p99": p99, "max": int(filled.max())},
+    }
 
 
 def corpus_names() -> list[str]:
@@ -178,12 +179,11 @@ def read_lengths(
 def _as_vector(lengths: ArrayLike) -> NDArray[Any]:
     try:
         array = np.asarray(lengths)
-    except ValueError as error:
+    except ValueError as error:  # rows of different lengths
         raise ValueError(f"lengths must have one dimension: {error}") from None
-    if array.ndim != 1:
-        raise ValueError(f"lengths must have one dimension, got {type(lengths).__name__} of shape {array.shape}")
-    if not len(array):
-        raise ValueError("lengths must name at least one sequence, got none")
+    if array.ndim != 1 or not len(array):
+        what = f"{type(lengths).__name__} of shape {array.shape}"
+        raise ValueError(f"lengths must have one dimension and name at least one sequence, got {what}")
     return array
 
 
@@ -213,10 +213,8 @@ class _Request(NamedTuple):
         raise ValueError(f"{self.name}, line {line}: {why}")
 
     def choose(self, columns: list[str], where: str = "") -> str:
-        if self.column in columns:
-            return cast(str, self.column)
-        if self.column is None and len(columns) == 1:
-            return columns[0]
+        if self.column in columns or (self.column is None and len(columns) == 1):
+            return columns[0] if self.column is None else self.column
         missing = "name a column with column=" if self.column is None else f"no column {self.column!r}"
         raise ValueError(f"{self.name}{where}: {missing}; there are {', '.join(map(repr, columns)) or 'none'}")
 
@@ -229,9 +227,7 @@ class _Request(NamedTuple):
 
 @contextmanager
 def _opened(label: str, path: str) -> Iterator[BinaryIO]:
-    """Open a file or standard input; gzip is told by its first bytes, whatever the file is called."""
-    if path != "-" and os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a directory: name one file")
+    """Open a file or standard input, unzipped if its first bytes are gzip's, whatever its name."""
     raw = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
     file = io.BufferedReader(cast(io.RawIOBase, raw))
     try:
@@ -241,10 +237,7 @@ def _opened(label: str, path: str) -> Iterator[BinaryIO]:
             raise ValueError(f"{label} is empty")
         yield stream
     finally:
-        if path == "-":
-            file.detach()
-        else:
-            file.close()
+        file.detach() if path == "-" else file.close()
 
 
 def _lines(request: _Request, stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -330,23 +323,19 @@ def _read_csv(request: _Request, stream: BinaryIO, delimiter: str = ",") -> Arra
 
 
 def _cell(request: _Request, number: int, row: list[str], index: int, width: int) -> int:
-    if len(row) <= index and width > 1:
-        request.refuse(number, f"{len(row)} of {width} columns are there")
+    if len(row) != width and (row or width > 1):
+        request.refuse(number, f"{len(row)} columns, where the header has {width}")
     text = row[index] if row else ""
     return _integer(request, number, text) if request.unit is None else _measure(text, request.unit)
-
-
-def _read_jsonl(request: _Request, stream: BinaryIO) -> ArrayLike:
-    return [_json_length(request, number, text) for number, text in _records(request, stream)]
 
 
 def _json_length(request: _Request, number: int, text: str) -> int:
     try:
         record = json.loads(text)
-    except ValueError as error:
-        request.refuse(number, f"not JSON ({error})")
+    except ValueError:
+        record = None
     if not isinstance(record, dict):
-        request.refuse(number, f"{text[:40]} is not a JSON object with a key for the length")
+        request.refuse(number, f"{text[:40]!r} is not a JSON object")
     return _length(request, f"line {number}", record[request.choose(list(record), f", line {number}")])
 
 
@@ -363,8 +352,7 @@ def _read_parquet(request: _Request, stream: BinaryIO) -> ArrayLike:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{request.name} is not a parquet file, or is corrupt ({error})") from error
     if pyarrow.types.is_integer(values.type) and not values.null_count:
-        array: NDArray[Any] = values.to_numpy()
-        return array
+        return cast(ArrayLike, values.to_numpy())
     return [_length(request, f"row {row}", value) for row, value in enumerate(values.to_pylist(), 1)]
 
 
@@ -385,7 +373,7 @@ _READERS: dict[str, Callable[[_Request, BinaryIO], ArrayLike]] = {
     ".npy": _read_npy,
     ".csv": _read_csv,
     ".tsv": partial(_read_csv, delimiter="\t"),
-    ".jsonl": _read_jsonl,
+    ".jsonl": lambda request, stream: [_json_length(request, *line) for line in _records(request, stream)],
     ".parquet": _read_parquet,
     **dict.fromkeys((".fasta", ".fa", ".faa"), _read_fasta),
 }

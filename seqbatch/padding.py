@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import constant, round_up
-from seqbatch.pieces import not_empty
-from seqbatch.plan import Plan, dropped_rows
+from seqbatch.pieces import dropped_rows, not_empty
+from seqbatch.plan import Plan
 from seqbatch.strategy import Strategy
 
 __all__ = ["Padding"]

@@ -6,10 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqbatch.ordering import IntArray, constant
-from seqbatch.plan import dropped_rows
+from seqbatch.strategy import check_choice
 
-__all__ = ["OVERLONG", "Pieces", "fit_overlong", "not_empty"]
+__all__ = ["DROPPED", "OVERLONG", "REASONS", "Pieces", "dropped_rows", "fit_overlong", "not_empty"]
 
+REASONS = ("empty", "overlong", "drop_last", "tail")
+DROPPED = np.dtype([("sequence", "<i8"), ("start", "<i8"), ("length", "<i8"), ("reason", "<U9")])
 OVERLONG = ("error", "split", "truncate", "drop", "alone")
 
 
@@ -84,3 +86,15 @@ def fit_overlong(pieces: Pieces, limit: int, policy: str, why: str) -> tuple[Pie
         return Pieces(sequence, constant(0, len(length)), np.minimum(length, limit)), cut
     left_out = dropped_rows("overlong", sequence[long], constant(0, int(long.sum())), length[long])
     return Pieces(sequence[~long], constant(0, int((~long).sum())), length[~long]), left_out
+
+
+def dropped_rows(reason: str, sequence: IntArray, start: IntArray, length: IntArray) -> NDArray[np.void]:
+    """Return rows for ``Plan.dropped``, all of one `reason`.
+
+    >>> dropped_rows("empty", np.array([3]), np.array([0]), np.array([0]))["reason"]
+    array(['empty'], dtype='<U9')
+    """
+    check_choice("reason", reason, REASONS)
+    rows = np.empty(len(sequence), dtype=DROPPED)
+    rows["sequence"], rows["start"], rows["length"], rows["reason"] = sequence, start, length, reason
+    return rows

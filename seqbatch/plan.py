@@ -24,16 +24,14 @@ from numpy.typing import NDArray
 
 from seqbatch import planfile
 from seqbatch.ordering import IntArray
+from seqbatch.pieces import DROPPED, dropped_rows
 from seqbatch.sharding import History, Schedule, check_history, lane_ranges, schedule
-from seqbatch.strategy import check_choice, check_integer
+from seqbatch.strategy import check_choice, check_cost, check_integer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DROPPED", "REASONS", "BatchPlan", "Plan", "dropped_rows"]
-
-REASONS = ("empty", "overlong", "drop_last", "tail")
-DROPPED = np.dtype([("sequence", "<i8"), ("start", "<i8"), ("length", "<i8"), ("reason", "<U9")])
+__all__ = ["BatchPlan", "Plan"]
 
 _PIECES = ("sequence", "start", "length", "step", "lane")
 _CONTEXT = ("left_context", "right_context")
@@ -372,26 +370,3 @@ class Plan:
         inside &= (self.length > 0) & (self.step + self.length <= self.steps[batch]) & (self.sequence >= 0)
         if not inside.all():
             raise ValueError(f"piece {int(np.argmin(inside))} lies outside the grid of its batch")
-
-
-def check_cost(cost: tuple[float, float]) -> tuple[float, float]:
-    """Return ``(a, b)`` of the cost ``a * l + b * l**2`` as floats, or say what it should have been."""
-    try:
-        a, b = (float(part) for part in cost)
-    except (TypeError, ValueError):
-        raise ValueError(f"cost must be two numbers (a, b) of a*l + b*l**2, got {cost!r}") from None
-    if not (0 <= a < float("inf") and 0 <= b < float("inf") and a + b > 0):
-        raise ValueError(f"cost (a, b) must be finite, not negative and not both 0, got {cost!r}")
-    return a, b
-
-
-def dropped_rows(reason: str, sequence: IntArray, start: IntArray, length: IntArray) -> NDArray[np.void]:
-    """Return rows for ``Plan.dropped``, all of one `reason`.
-
-    >>> dropped_rows("empty", np.array([3]), np.array([0]), np.array([0]))["reason"]
-    array(['empty'], dtype='<U9')
-    """
-    check_choice("reason", reason, REASONS)
-    rows = np.empty(len(sequence), dtype=DROPPED)
-    rows["sequence"], rows["start"], rows["length"], rows["reason"] = sequence, start, length, reason
-    return rows

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from seqbatch.plan import Plan
 
-__all__ = ["Strategy", "check_choice", "check_integer"]
+__all__ = ["Strategy", "check_choice", "check_cost", "check_integer"]
 
 
 class Strategy(ABC):
@@ -107,3 +107,14 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_cost(cost: tuple[float, float]) -> tuple[float, float]:
+    """Return ``(a, b)`` of the cost ``a * l + b * l**2`` as floats, or say what it should have been."""
+    try:
+        a, b = (float(part) for part in cost)
+    except (TypeError, ValueError):
+        raise ValueError(f"cost must be two numbers (a, b) of a*l + b*l**2, got {cost!r}") from None
+    if not (0 <= a < float("inf") and 0 <= b < float("inf") and a + b > 0):
+        raise ValueError(f"cost (a, b) must be finite, not negative and not both 0, got {cost!r}")
+    return a, b

@@ -12,7 +12,7 @@ from hypothesis import given
 
 import seqbatch
 from seqbatch import Bucketing, Chunking, Packing, Padding, Plan, Splicing
-from seqbatch.plan import DROPPED
+from seqbatch.pieces import DROPPED
 from seqbatch.strategy import Strategy
 
 LENGTHS = np.array([5, 0, 3, 8, 1, 8, 2, 2])
@@ -226,7 +226,7 @@ def test_files_of_another_kind_are_refused(content: str, tmp_path: Path) -> None
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     """The operating system's own errors, which name the path."""
-    with pytest.raises(FileNotFoundError, match="nothing.npz"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.npz"):
         Plan.load(tmp_path / "nothing.npz")
     with pytest.raises(IsADirectoryError):
         Plan.load(tmp_path)
