@@ -111,20 +111,17 @@ def stats(
         click.echo("\n".join(corpus_names()))
         return
     array = _read(lengths, corpus, column, unit)
-    rows = pd.DataFrame([{"what": name, "value": value} for name, value in describe(array).items()])
-    sizes = [size for size in (2, 8, 32, 128) if size <= len(array)]
-    used = {
-        f"padding efficiency, random batches of {size}": expected_efficiency(array, size)
-        for size in sizes
-        if array.any()
-    }
-    rows = pd.concat([rows, pd.DataFrame({"what": list(used), "value": list(used.values())})])
+    values: dict[str, float] = describe(array)
+    for size in (2, 8, 32, 128):
+        if size <= len(array):
+            values[f"padding efficiency, random batches of {size}"] = expected_efficiency(array, size)
     try:
-        fits = {f"fit: {f.distribution} (Kolmogorov-Smirnov distance)": f.ks_distance for f in fit(array)}
+        for found in fit(array):
+            values[f"fit: {found.distribution} (Kolmogorov-Smirnov distance)"] = found.ks_distance
     except ValueError as error:
         click.echo(f"no distribution fitted: {error}", err=True)
-        fits = {}
-    rows = pd.concat([rows, pd.DataFrame({"what": list(fits), "value": list(fits.values())})], ignore_index=True)
+    # Objects, so that counts stay whole numbers.
+    rows = pd.DataFrame({"what": list(values), "value": pd.Series(list(values.values()), dtype=object)})
     _print(rows, form)
 
 

@@ -135,7 +135,7 @@ class Distribution(ABC):
         enough = steps[self._share_above(steps) * size < 1e-17]
         if not (self.mean() < _MOST and len(enough)):
             raise ValueError(
-                f"{self} is no distribution of lengths: its mean is {self.mean():.3g}, or its tail is too long"
+                f"{self} is no law of lengths: its mean is {self.mean():.3g}, or its tail too long"
             )
         return float(enough[0])
 
