@@ -101,6 +101,11 @@ class Bucketing(Strategy):
                 f"max_tokens={self.max_tokens} has no room for one sequence of {self.pad_to_multiple_of} steps"
                 f" at cost={self.cost}: raise max_tokens, or lower pad_to_multiple_of or the cost"
             )
+        if self.bucket_edges is not None and not self._fitting_edges():
+            raise ValueError(
+                f"max_tokens={self.max_tokens} has no room for one sequence padded to the first of bucket_edges, "
+                f"{self.bucket_edges[0]}: raise max_tokens, or add a shorter edge"
+            )
 
     def _check_together(self) -> None:
         """Raise where two settings exclude each other."""
@@ -172,18 +177,26 @@ class Bucketing(Strategy):
         lanes = np.minimum(lanes, self.max_sequences or _NO_LIMIT)
         return np.where(lanes > self.batch_size_multiple, lanes - lanes % self.batch_size_multiple, lanes)
 
+    def _fitting_edges(self) -> tuple[int, ...]:
+        """The edges that sequences can be sent to: static ones must fit the budget themselves."""
+        edges = tuple(self.bucket_edges or ())
+        if not self.static_shapes:
+            return edges
+        lanes = self._lanes_at(round_up(np.array(edges, dtype=np.int64), self.pad_to_multiple_of))
+        return tuple(edge for edge, room in zip(edges, lanes, strict=True) if room)
+
     def _limit(self, longest: int) -> tuple[int, str]:
         """The most tokens a lane may hold, up to `longest`, and the setting that says so."""
-        low, high = 0, min(longest, self.bucket_edges[-1] if self.bucket_edges is not None else longest)
-        limit = high
+        last = longest if self.bucket_edges is None else self._fitting_edges()[-1]
+        low, high = 0, min(longest, last)
         while low < high:
             middle = (low + high + 1) // 2
             if self._lanes_at(round_up(np.array([middle]), self.pad_to_multiple_of))[0]:
                 low = middle
             else:
                 high = middle - 1
-        if self.bucket_edges is not None and low == limit:
-            return low, f"the last of bucket_edges, {limit},"
+        if self.bucket_edges is not None and low == last:
+            return low, f"the last of bucket_edges that fits, {last},"
         why = f"max_tokens={self.max_tokens}"
         why += f" at cost={self.cost}" if self.cost != (1.0, 0.0) else ""
         return low, why + (f" with pad_to_multiple_of={self.pad_to_multiple_of}" if self.pad_to_multiple_of > 1 else "")
@@ -203,7 +216,7 @@ class Bucketing(Strategy):
         multiple = self.pad_to_multiple_of
         fitting = length[length <= limit]
         if self.bucket_edges is not None:
-            edges = np.unique(round_up(np.array(self.bucket_edges), multiple))
+            edges = np.unique(round_up(np.array(self._fitting_edges()), multiple))
         elif len(fitting):
             edges = find_edges(fitting, self.num_buckets or 8, rule=self.edges, multiple=multiple)
         else:

@@ -134,9 +134,7 @@ class Distribution(ABC):
         steps = self.mean() * np.exp(np.arange(500.0))
         enough = steps[self._share_above(steps) * size < 1e-17]
         if not (self.mean() < _MOST and len(enough)):
-            raise ValueError(
-                f"{self} is no law of lengths: its mean is {self.mean():.3g}, or its tail too long"
-            )
+            raise ValueError(f"{self} is no law of lengths: its mean is {self.mean():.3g}, or its tail too long")
         return float(enough[0])
 
 
@@ -318,7 +316,8 @@ def _fit_gamma(values: IntArray, counts: IntArray) -> Distribution:
     mean = np.average(values, weights=counts)
     apart = (values - mean) / mean
     # log(mean) - mean(log) as a sum of terms that are not negative, so that it keeps its digits.
-    gap = np.average(apart - np.log1p(apart), weights=counts)
+    logs = np.where(apart < -0.5, np.log(values / mean), np.log1p(np.maximum(apart, -0.5)))
+    gap = np.average(apart - logs, weights=counts)
     if gap < 1e-6:
         shape = 0.5 / gap + 1 / 6  # of log k - digamma(k) = 1/2k + 1/12k**2, which then is below the rounding
     else:

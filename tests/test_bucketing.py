@@ -140,7 +140,7 @@ def test_an_overlong_sequence_is_an_error_by_default() -> None:
         ValueError, match=r'sequence 1 has 25 tokens, but max_tokens=10 allows at most 10 .*overlong="split"'
     ):
         Bucketing(max_tokens=10).plan([3, 25])
-    with pytest.raises(ValueError, match="the last of bucket_edges, 8, allows at most 8"):
+    with pytest.raises(ValueError, match="the last of bucket_edges that fits, 8, allows at most 8"):
         Bucketing(max_tokens=100, bucket_edges=[4, 8]).plan([3, 9])
     with pytest.raises(ValueError, match="allows at most 8"):
         Bucketing(max_tokens=15, pad_to_multiple_of=8).plan([9])
@@ -151,6 +151,7 @@ def test_drop_last_leaves_out_what_the_end_cut_short() -> None:
     plan = Bucketing(batch_size=16, drop_last=True).plan(LENGTHS[:390])
     assert (plan.lanes == 16).all()
     assert len(plan.dropped) == 390 % 16
+    assert not len(Bucketing(batch_size=16, drop_last=True).plan(LENGTHS).dropped), "400 fill 25 batches"
 
     plan = Bucketing(max_tokens=640, static_shapes=True, drop_last=True).plan(LENGTHS)
     assert (np.diff(plan.batch_ptr) == plan.lanes).all()
@@ -163,6 +164,17 @@ def test_default_window_keeps_waste_low_and_mates_new() -> None:
     plan = Bucketing(max_tokens=512).plan(many)
 
     assert plan.padding_efficiency > 0.98
+
+
+def test_static_edges_beyond_the_budget_are_not_used() -> None:
+    """A sequence that would be padded over the budget is overlong, however short it is itself."""
+    settings = {"max_tokens": 50, "bucket_edges": [10, 100], "static_shapes": True}
+    with pytest.raises(ValueError, match="the last of bucket_edges that fits, 10, allows at most 10"):
+        Bucketing(**settings).plan([3, 20])
+    plan = Bucketing(**settings, overlong="split").plan([3, 20])
+    assert np.unique(plan.steps).tolist() == [10]
+    with pytest.raises(ValueError, match="no room for one sequence padded to the first of bucket_edges, 60"):
+        Bucketing(max_tokens=50, bucket_edges=[60], static_shapes=True)
 
 
 BAD = {

@@ -140,6 +140,29 @@ def test_carried_lanes_are_only_shared_evenly() -> None:
         plan.shard(0, 2, history=[[2, 1000]])
 
 
+def test_a_rank_of_a_carried_plan_keeps_its_own_lanes() -> None:
+    """Rank 1 of 3 owns the second third, from the first batch to the last, also after a resume."""
+    plan = Splicing(12, 8).plan(range(1, 100))
+    shard = plan.shard(1, 3, history=[[4, 2]])
+
+    assert len(shard) == len(plan) - 2
+    for whole, own in zip([*plan][2:], shard, strict=True):
+        mine = (whole.lane >= 4) & (whole.lane < 8)
+        assert own.sequence.tolist() == whole.sequence[mine].tolist()
+        assert own.lane.tolist() == (whole.lane[mine] - 4).tolist()
+        assert (own.steps, own.lanes) == (whole.steps, 4)
+
+
+def test_the_order_after_a_change_of_ranks_depends_on_the_history() -> None:
+    """Runs that went different ways do not go on in step."""
+    plan = Padding(1).plan([5] * 64)
+    orders = [plan.shard(0, 1, history=[[ranks, 0], [2, 1]]).sequence.tolist() for ranks in (1, 4)]
+    later = [plan.schedule(1, history=[[4, 4]]).groups, plan.schedule(1, history=[[8, 2]]).groups]
+
+    assert orders[0] == orders[1], "an entry of no steps says nothing"
+    assert np.argsort(later[0].ravel()).tolist() != np.argsort(later[1].ravel()).tolist()
+
+
 def test_tail_and_cost_are_checked() -> None:
     """Before anything is planned."""
     with pytest.raises(ValueError, match="tail must be one of 'split', 'drop', got 'keep'"):
