@@ -12,7 +12,7 @@ How many sequences a batch holds is decided by its longest alone, through one ta
 as many as the budget `max_tokens` has room for, padding included. So the budget is a hard limit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
@@ -281,6 +281,8 @@ def _classes(length: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _check_edges(edges: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(edges, Iterable):
+        raise TypeError(f"bucket_edges must be a sequence of rising integers, got {edges!r}")
     numbers = tuple(check_integer("an edge of bucket_edges", edge, at_least=1) for edge in edges)
     if not numbers or any(a >= b for a, b in pairwise(numbers)):
         raise ValueError(f"bucket_edges must rise, each edge once, got {numbers}: use sorted(set(bucket_edges))")

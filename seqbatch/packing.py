@@ -64,15 +64,17 @@ class Packing(Strategy):
 
         pieces, empty = not_empty(as_lengths(lengths))
         pieces, overlong = fit_overlong(pieces, self.capacity, self.overlong, f"capacity={self.capacity}")
+        # No bin holds more than there is, so a huge capacity takes no huge table.
+        capacity = min(self.capacity, int(pieces.length.sum()))
         if self.algorithm == "best_fit":
             words = self._words(len(pieces.length), seed, epoch)
-            order = shuffle_within(self.capacity - pieces.length, self.capacity, words)
+            order = shuffle_within(capacity - pieces.length, max(capacity, 1), words)
         else:
             order = self._order(len(pieces.length), seed, epoch)
         length = pieces.length[order]
         bins, at_most = np.empty_like(length), self.max_sequences or max(len(length), 1)
         pack = kernels.best_fit if self.algorithm == "best_fit" else kernels.next_fit
-        count = pack(length, self.capacity, at_most, bins)
+        count = pack(length, capacity, at_most, bins)
         if self.shuffle:
             bins = random_order(count, int(seed), int(epoch), "bins")[bins]
         held = np.bincount(bins, minlength=count)

@@ -124,6 +124,8 @@ class Plan:
 
     def __getitem__(self, index: int) -> BatchPlan:
         """Return batch `index` (negative ones count from the end)."""
+        if not hasattr(index, "__index__"):
+            raise TypeError(f"a plan is indexed by the number of a batch, got {index!r}")
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of a plan of {len(self)} batches")
         number = index % len(self)

@@ -85,6 +85,8 @@ def check_history(history: History) -> list[tuple[int, int]]:
     [(8, 5), (5, 1)]
     """
     phases: list[tuple[int, int]] = []
+    if not isinstance(history, Sequence):
+        raise TypeError(f"history must be [[num_replicas, steps], ...], oldest first, got {history!r}")
     for entry in history:
         if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
             raise ValueError(f"history must be [[num_replicas, steps], ...], got the entry {entry!r}")

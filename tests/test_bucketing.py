@@ -221,6 +221,7 @@ def test_settings_that_cannot_be_are_refused(message: str, settings: dict[str, o
         {"max_tokens": True},
         {"batch_size": 2, "shuffle": 1},
         {"batch_size": 2, "bucket_edges": [1.5]},
+        {"batch_size": 2, "bucket_edges": 8},
     ],
     ids=str,
 )

@@ -54,6 +54,13 @@ def test_members_of_a_bin_lie_end_to_end() -> None:
             assert (part.step[inside] == ends - part.length[inside]).all()
 
 
+def test_a_huge_capacity_takes_no_huge_table() -> None:
+    """One bin, at once."""
+    plan = Packing(2**50).plan([5, 3, 9])
+
+    assert (len(plan), plan.cells, plan.tokens) == (1, 2**50, 17)
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     """All batches have `capacity` steps, so no sequence can be alone."""
     with pytest.raises(ValueError, match="overlong must be one of 'error', 'split', 'truncate', 'drop'"):

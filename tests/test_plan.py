@@ -48,6 +48,8 @@ def test_a_batch_is_views_of_the_columns() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError, match=f"batch {index} of a plan of 3 batches"):
             plan[index]
+    with pytest.raises(TypeError, match=r"indexed by the number of a batch, got slice\(0, 1, None\)"):
+        plan[0:1]
 
 
 def test_counts_add_up() -> None:

@@ -115,6 +115,13 @@ def test_histories_that_cannot_be_are_refused(history: list, message: str) -> No
         PLAN.shard(0, 2, history=history)
 
 
+@pytest.mark.parametrize("history", [5, None])
+def test_a_history_is_a_list(history: object) -> None:
+    """Saying of what."""
+    with pytest.raises(TypeError, match=r"history must be .*, oldest first, got"):
+        PLAN.shard(0, 2, history=history)
+
+
 def test_histories_are_added_up() -> None:
     """Saving twice under as many ranks is saving once."""
     assert check_history([[8, 3], [8, 2], [5, 0], (3, 1), [8, 2]]) == [(8, 5), (3, 1), (8, 2)]
