@@ -113,15 +113,15 @@ class Distribution(ABC):
     def _integral(self, cdf: Callable[..., Floats], size: int, begin: float) -> float:
         """Integrate ``1 - cdf(x) ** size`` from `begin` on.
 
-        By Gauss-Legendre over ``log x``, in which heavy tails are short, between the quantiles of the
-        maximum, close to each other where it falls steeply, and every factor of e above the mean.
+        By Gauss-Legendre over ``log x``, in which heavy tails are short, between quantiles, whose close
+        tails also part the steep fall of the maximum of many, and every factor of e above the mean.
         """
         lowest, highest = max(begin, self.mean() * 1e-18), self._end(size)
         if lowest >= highest:
             return 0.0
         tails = 10.0 ** np.arange(-14.0, -1)
         levels = np.concatenate([tails, np.linspace(0.1, 0.9, 9), 1 - tails[::-1]])
-        steep = self.quantile(np.minimum(levels ** (1 / size), 1 - 2.0**-53))
+        steep = self.quantile(levels)
         steps = self.mean() * np.exp(np.arange(np.log(highest / self.mean())))
         ends = np.log(np.unique(np.clip([lowest, *steep, *steps, highest], lowest, highest)))
         nodes, weights = np.polynomial.legendre.leggauss(40)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate, optimize, stats
+from scipy import integrate, optimize, special, stats
 
 from seqbatch import Padding
 from seqbatch import distributions as d
@@ -81,6 +81,17 @@ def test_lengths_are_drawn_by_inversion(law: Distribution, seed: int) -> None:
     ranks = d._uniforms(50, seed)
     assert (law.length_cdf(lengths) >= ranks * (1 - 1e-9)).all()
     assert (law.length_cdf(lengths - 1) <= ranks * (1 + 1e-9)).all()
+
+
+@settings(max_examples=8)
+@given(st.floats(0.05, 5), st.floats(1e-8, 1e-4))
+def test_quantiles_of_long_counts_are_exact(r: float, p: float) -> None:
+    """More lengths than are looked up in one table: the smallest whose probability is reached."""
+    law, u = negative_binomial(r, p), np.linspace(0.01, 0.99, 9)
+    found = law.quantile(u)
+
+    assert (law.cdf(found) >= u).all()
+    assert ((law.cdf(found - 1) < u) | (found == 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +191,7 @@ def test_extreme_distributions_are_integrated_too(law: Distribution) -> None:
     assert law._expected_max(1, False) == pytest.approx(law.mean(), rel=1e-11)
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(laws.filter(lambda law: not isinstance(law, negative_binomial)), st.integers(2, 500))
 def test_quadrature_agrees_with_scipys(law: Distribution, size: int) -> None:
     """With adaptive quadrature of the twin's quantile function, ``E[max] = integral of F^-1(v ** (1/B))``."""
@@ -213,7 +224,7 @@ def test_whole_lengths_are_summed(law: Distribution, size: int) -> None:
 
 @pytest.mark.parametrize(
     "law",
-    [lognormal(9, 1.5), gamma(0.5, 1e5), gamma(400, 50), negative_binomial(2, 1e-4)],
+    [lognormal(9, 1.5), gamma(0.5, 2e4), gamma(400, 50), negative_binomial(2, 1e-4)],
     ids=str,
 )
 def test_beyond_the_sum_comes_an_integral(law: Distribution, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +355,21 @@ def test_fits_are_the_most_likely(lengths: list[int]) -> None:
         for steps in [(1.01, 1), (0.99, 1), (1, 1.01), (1, 0.99)]:
             near = [min(v * s, 1.0) if n == "p" else v * s for n, v, s in zip(names, values, steps, strict=True)]
             assert likelihood(type(law)(*near), lengths) <= best + 1e-6 * abs(best) + 1e-9
+
+
+@pytest.mark.parametrize("spread", [3, 600, 10**6])
+@settings(max_examples=20)
+@given(st.data())
+def test_the_gamma_fit_solves_its_equation(spread: int, data: st.DataObject) -> None:
+    """``log k - digamma(k) = log(mean) - mean(log)``, for nearly equal and for very different lengths."""
+    lengths = data.draw(
+        st.lists(st.integers(1000, 1000 + spread), min_size=2, max_size=9).filter(lambda v: len({*v}) > 1)
+    )
+    shape = by_family(lengths)[gamma].distribution.shape
+    gap = np.log(np.mean(lengths)) - np.mean(np.log(lengths))
+
+    # Both sides are differences of logarithms of a size of 15.
+    assert np.log(shape) - special.digamma(shape) == pytest.approx(gap, rel=1e-10, abs=2e-14)
 
 
 def likelihood(law: Distribution, lengths: list[int]) -> float:

@@ -329,6 +329,7 @@ BAD_FILES: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.txt", "٣\n", {}, r"line 1: '٣' is not"),
     ("a.txt", "1e3\n", {}, r"line 1: '1e3' is not"),
     ("a.txt", "1\n9223372036854775807\n", {}, r"a\.txt: lengths add up to more than 2\*\*62"),
+    ("a.txt", "1\n1" + "0" * 19, {}, r"line 2: 10{19} is beyond 2\*\*62 tokens"),
     ("a.txt", "1\n" + "9" * 5000, {}, r"line 2: 9{40} is beyond 2\*\*62 tokens"),
     ("a.txt", "x" * 999, {}, r"line 1: 'x{40}' is not"),
     ("a.txt", b"1\n2\0\n", {}, r"a\.txt, line 2: looks binary"),
