@@ -104,7 +104,8 @@ def stats(
     """Describe lengths, fit distributions, and say what random batches would use."""
     import pandas as pd
 
-    from seqbatch.distributions import expected_efficiency, fit
+    from seqbatch.distributions import expected_efficiency
+    from seqbatch.fitting import fit
     from seqbatch.lengths import corpus_names, describe
 
     if list_corpora:

@@ -13,7 +13,8 @@ from scipy import integrate, optimize, special, stats
 
 from seqbatch import Padding
 from seqbatch import distributions as d
-from seqbatch.distributions import Distribution, expected_efficiency, fit, gamma, lognormal, negative_binomial, resample
+from seqbatch.distributions import Distribution, expected_efficiency, gamma, lognormal, negative_binomial, resample
+from seqbatch.fitting import Fit, fit
 from seqbatch.lengths import corpus_names, load_corpus
 
 FAMILIES = (gamma, lognormal, negative_binomial)
@@ -321,7 +322,7 @@ def test_a_resample_takes_each_length_as_often() -> None:
 # --- fits ---
 
 
-def by_family(lengths: "list[int] | np.ndarray") -> dict[type[Distribution], d.Fit]:
+def by_family(lengths: "list[int] | np.ndarray") -> dict[type[Distribution], Fit]:
     return {type(found.distribution): found for found in fit(lengths)}
 
 
@@ -464,8 +465,8 @@ def test_real_lengths_are_fitted(name: str) -> None:
 def test_scipy_stats_is_not_loaded() -> None:
     """It takes seconds: no function here needs it."""
     code = (
-        "import sys; from seqbatch import distributions as d; early = 'scipy' in sys.modules;"
-        "lengths = d.gamma(2, 9).lengths(99); d.fit(lengths); d.expected_efficiency(lengths, 4);"
+        "import sys; from seqbatch import distributions as d, fitting; early = 'scipy' in sys.modules;"
+        "lengths = d.gamma(2, 9).lengths(99); fitting.fit(lengths); d.expected_efficiency(lengths, 4);"
         "d.negative_binomial(2, 0.1).expected_efficiency(4); d.lognormal(2, 1).expected_efficiency(4);"
         "print(early, 'scipy.stats' in sys.modules)"
     )
