@@ -30,7 +30,6 @@ from seqbatch.strategy import Strategy, check_choice, check_cost, check_integer
 __all__ = ["Bucketing"]
 
 _NO_LIMIT = 2**62
-_COST_UNIT = 2.0**20
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,11 +37,11 @@ class Bucketing(Strategy):
     """Batches of similar lengths under a budget of tokens, padding included, or of a fixed size.
 
     Args:
-        max_tokens: The budget: ``steps * lanes <= max_tokens`` in every batch, padding included.
-            Either this or `batch_size`.
+        max_tokens: The budget: ``steps * lanes <= max_tokens`` in every batch, padding included (with
+            `cost`, the cost of the lanes). Either this or `batch_size`.
         batch_size: Sequences of a batch.
-        window: Sequences in a pool; by default the larger of an eighth of all and a hundred batches,
-            which keeps the waste near a full sort's and lets seven of eight mates change each epoch.
+        window: Sequences in a pool; by default the larger of an eighth of all and a hundred batches, but
+            at most half of all. A larger pool wastes less, in a smaller one more mates change each epoch.
         num_buckets: Use this many buckets with edges found from the lengths (8 for static shapes).
         bucket_edges: Use these edges: rising inclusive padded lengths. A sequence longer than the last
             is overlong.
@@ -50,8 +49,7 @@ class Bucketing(Strategy):
             lengths' histogram), ``"quantile"``, ``"equal_tokens"`` or ``"geometric"``.
         static_shapes: Pad to the bucket's edge, and give all its batches the lanes its edge allows;
             empty lanes count as cells. At most one shape a bucket.
-        cost: (a, b) makes the budget one of ``a * l + b * l**2`` for each lane of l steps. A batch's
-            cost is rounded to 2**-20 of a token.
+        cost: (a, b) makes the budget one of ``a * l + b * l**2`` for each lane of l steps.
         max_sequences: At most this many sequences in a batch.
         batch_size_multiple: Lanes are a multiple of this where at least one multiple fits.
         pad_to_multiple_of: Steps are rounded up to a multiple of this; the budget counts them.
@@ -65,7 +63,7 @@ class Bucketing(Strategy):
 
     >>> plan = Bucketing(max_tokens=12).plan([5, 1, 6, 2, 3, 1, 6])
     >>> int((plan.steps * plan.lanes).max()), plan.tokens, plan.cells
-    (12, 24, 30)
+    (12, 24, 31)
     """
 
     _: KW_ONLY
@@ -169,13 +167,18 @@ class Bucketing(Strategy):
         """How many lanes a batch of so many steps may have; 0 where not even one fits."""
         if self.max_tokens is None:
             return np.full(len(steps), self.batch_size)
-        a, b = self.cost
-        each = a * steps + b * (steps.astype(np.float64) * steps)
-        # Whole numbers, so that no platform's last bit decides what fits.
-        each = np.maximum(np.rint(np.minimum(each * _COST_UNIT, _NO_LIMIT)).astype(np.int64), 1)
-        lanes = min(int(self.max_tokens * _COST_UNIT), _NO_LIMIT) // each
+        if self.cost == (1.0, 0.0):
+            lanes = self.max_tokens // np.maximum(steps, 1)
+        else:
+            # Single operations of IEEE arithmetic, which give the same bits on every platform.
+            a, b = self.cost
+            lengths = np.maximum(steps, 1).astype(np.float64)
+            each = a * lengths + b * (lengths * lengths)
+            lanes = np.floor(np.minimum(self.max_tokens / each, _NO_LIMIT)).astype(np.int64)
+            lanes -= lanes * each > self.max_tokens
         lanes = np.minimum(lanes, self.max_sequences or _NO_LIMIT)
-        return np.where(lanes > self.batch_size_multiple, lanes - lanes % self.batch_size_multiple, lanes)
+        multiples: IntArray = lanes - lanes % self.batch_size_multiple
+        return np.where(lanes > self.batch_size_multiple, multiples, lanes)
 
     def _fitting_edges(self) -> tuple[int, ...]:
         """The edges that sequences can be sent to: static ones must fit the budget themselves."""
@@ -206,7 +209,9 @@ class Bucketing(Strategy):
         values, codes = _classes(length)
         count = len(length)
         per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(int(length.sum()), 1)
-        window = max(1, min(self.window or max(-(-count // 8), 100 * per_batch), count))
+        # Two pools at least, so that even few sequences meet others in the next epoch.
+        default = min(max(-(-count // 8), 100 * per_batch), -(-count // 2))
+        window = max(1, min(self.window or default, count))
         order, codes = _sort_pools(codes, len(values), window, self._words(count, seed, epoch))
         row_length = codes if len(values) and values[-1] == len(values) - 1 else values[codes]
         return _Row(order, row_length, codes, values, int(np.searchsorted(values, limit, "right")), np.array([count]))

@@ -103,9 +103,9 @@ class Chunking(Strategy):
 
     def _carried(self, pieces: Pieces, seed: int, epoch: int) -> dict[str, Any]:
         order = self._order(len(pieces.length), seed, epoch)
-        reserved = round_up(pieces.length[order], self.chunk_size)
-        lane, begin = deal_lanes(reserved, self.batch_size, "first_free")
-        return cut_windows(pieces, order, lane, begin, self.batch_size, self.chunk_size)
+        size = min(self.chunk_size, int(pieces.length.max(initial=1)))
+        lane, begin = deal_lanes(round_up(pieces.length[order], size), self.batch_size, "first_free")
+        return cut_windows(pieces, order, lane, begin, self.batch_size, size)
 
     def _drop_unfilled(self, columns: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.void]]:
         """Cut off the batches with an empty lane: the last one, or where state is carried the last ones."""

@@ -38,8 +38,10 @@ def _failing_readably(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except BrokenPipeError:
             raise
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, TypeError, OSError, ModuleNotFoundError, OverflowError, RecursionError) as error:
             raise click.ClickException(str(error)) from error
+        except MemoryError as error:
+            raise click.ClickException(f"not enough memory: {error}; smaller batch sizes take less") from error
 
     return run
 

@@ -228,6 +228,8 @@ class _Request(NamedTuple):
 @contextmanager
 def _opened(label: str, path: str) -> Iterator[BinaryIO]:
     """Open a file or standard input, unzipped if its first bytes are gzip's, whatever its name."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: name a file")
     raw = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
     file = io.BufferedReader(cast(io.RawIOBase, raw))
     try:

@@ -20,6 +20,8 @@ from seqbatch.strategy import Strategy, check_choice
 
 __all__ = ["Packing"]
 
+_LARGEST_TABLE = 2**28
+
 
 @dataclass(frozen=True, repr=False)
 class Packing(Strategy):
@@ -66,6 +68,11 @@ class Packing(Strategy):
         pieces, overlong = fit_overlong(pieces, self.capacity, self.overlong, f"capacity={self.capacity}")
         # No bin holds more than there is, so a huge capacity takes no huge table.
         capacity = min(self.capacity, int(pieces.length.sum()))
+        if self.algorithm == "best_fit" and capacity > _LARGEST_TABLE:
+            raise ValueError(
+                f"best_fit keeps a table as long as a bin, and capacity={self.capacity} is over {_LARGEST_TABLE}: "
+                'count tokens in a larger unit, or use algorithm="next_fit"'
+            )
         if self.algorithm == "best_fit":
             words = self._words(len(pieces.length), seed, epoch)
             order = shuffle_within(capacity - pieces.length, max(capacity, 1), words)

@@ -26,7 +26,7 @@ from seqbatch import planfile
 from seqbatch.ordering import IntArray
 from seqbatch.pieces import DROPPED, dropped_rows
 from seqbatch.sharding import History, Schedule, check_history, lane_ranges, schedule
-from seqbatch.strategy import check_choice, check_cost, check_integer
+from seqbatch.strategy import MOST, check_choice, check_cost, check_integer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,10 @@ class Plan:
                 column = getattr(self, name)
                 if column is None and name in _CONTEXT:
                     continue
-                column = np.asarray(column, dtype=np.int64).view()
+                column = np.asarray(column)
+                if column.dtype.kind not in "iu" and column.size:
+                    raise ValueError(f"column {name} must hold integers, got {column.dtype}")
+                column = column.astype(np.int64, copy=False).view()
                 if column.shape != (size,):
                     raise ValueError(f"column {name} has shape {column.shape}, expected ({size},)")
                 column.flags.writeable = False
@@ -117,6 +120,12 @@ class Plan:
         ptr = self.batch_ptr
         if ptr[0] != 0 or ptr[-1] != pieces or (np.diff(ptr) < 0).any():
             raise ValueError(f"batch_ptr must rise from 0 to the {pieces} pieces, got {ptr}")
+        if (self.steps.astype(np.float64) * self.lanes).sum() > MOST:
+            raise ValueError("the plan has more than 2**62 cells: smaller batches, lengths or multiples would do")
+        check_integer("seed", self.seed, at_least=0)
+        check_integer("epoch", self.epoch, at_least=0)
+        if not (isinstance(self.shuffle, bool) and isinstance(self.carry, bool) and isinstance(self.strategy, str)):
+            raise ValueError("shuffle and carry must be True or False, and strategy a text")
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -178,8 +187,8 @@ class Plan:
         """Return what each batch costs under ``a * l + b * l**2``, the field's model of attention.
 
         The linear part counts cells. The quadratic part counts, for each lane, the square of its
-        steps; where a lane holds several pieces (splicing, packing) attention stays inside them, so
-        it is the sum of their squared lengths.
+        steps; in a plan whose lanes hold several pieces (splicing, packing) attention stays inside
+        them, so it is the sum of their squared lengths.
 
         Args:
             cost: (a, b), neither negative, not both 0.
@@ -196,7 +205,7 @@ class Plan:
         if b == 0:
             return a * linear
         if (self.step > 0).any():
-            return a * linear + b * self._sum_per_batch(self.length * self.length)
+            return a * linear + b * self._sum_per_batch(self.length.astype(np.float64) ** 2)
         return a * linear + b * (linear * self.steps)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -255,7 +264,8 @@ class Plan:
                 on with; with another one, the rest is dealt anew. Every batch comes exactly once.
             cost: (a, b) of `costs`. Keep it, like `tail`, for the whole epoch.
             tail: The left-over ``M mod W`` batches are one last step: ``"split"`` cuts them by lanes
-                (a rank without a lane gets one empty lane), ``"drop"`` lists them in ``dropped``.
+                (a rank without a lane gets one empty lane), ``"drop"`` lists them in ``dropped``. Parts of
+                a batch have fewer lanes: choose ``"drop"`` where shapes must stay the same.
 
         Raises:
             ValueError: a rank out of range, a history of another plan, or lanes that W does not
@@ -331,7 +341,7 @@ class Plan:
         right = 0 if self.right_context is None else self.right_context
         return self.sequence, self.start + left, self.length - left - right
 
-    def _sum_per_batch(self, column: IntArray) -> IntArray:
+    def _sum_per_batch(self, column: NDArray[Any]) -> NDArray[Any]:
         total = np.concatenate([[0], np.cumsum(column)])
         return np.diff(total[self.batch_ptr])
 

@@ -5,8 +5,10 @@ them: a plan of a million sequences takes 12 MB.
 """
 
 import json
+import tempfile
 import zipfile
 import zlib
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,16 @@ VERSION = 1
 def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings: dict[str, object]) -> None:
     """Write columns and settings to `path`; a file that is there is replaced only when all is written."""
     sizes = {name: len(array) for name, array in arrays.items()}
-    header = json.dumps({"format": "seqbatch plan", "version": VERSION, "sizes": sizes, "settings": settings})
+    content = {"format": "seqbatch plan", "version": VERSION, "sizes": sizes, "settings": settings}
+    header = json.dumps(content | {"checksum": _checksum(settings)})
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder to write {target.name} to")
+    # A name of its own, since several ranks may save the same plan at once.
+    handle, name = tempfile.mkstemp(prefix=target.name, suffix=".partial", dir=target.parent)
+    partial = Path(name)
     try:
-        with open(partial, "wb") as file:
+        with open(handle, "wb") as file:
             np.savez(file, allow_pickle=False, header=np.array(header), **{k: _narrow(v) for k, v in arrays.items()})
         partial.replace(target)
     finally:
@@ -45,6 +52,8 @@ def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:
             if header["format"] != "seqbatch plan":
                 raise KeyError("header")
             if header["version"] == VERSION:
+                if header["checksum"] != _checksum(header["settings"]):
+                    raise KeyError("checksum")
                 sizes = header["sizes"].items()
                 return {name: _widen(file[name], size) for name, size in sizes}, dict(header["settings"])
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -56,14 +65,23 @@ def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:
         KeyError,
         EOFError,
         OSError,
+        RuntimeError,
+        NotImplementedError,
         TypeError,
         AttributeError,
     ) as error:
-        raise ValueError(f"{path} is not a plan file, or is truncated; make it again with Plan.save") from error
+        raise ValueError(
+            f"{path} is not a plan file, or is truncated or changed; make it again with Plan.save"
+        ) from error
     raise ValueError(
         f"{path} has plan format version {header['version']}, this seqbatch reads version {VERSION}: "
         "make the plan again with this seqbatch, or read it with the one that wrote it"
     )
+
+
+def _checksum(settings: dict[str, object]) -> str:
+    """Of the settings, as the plan's digest is of its columns."""
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _narrow(array: NDArray[Any]) -> NDArray[Any]:

@@ -142,6 +142,7 @@ def simulate(
     from tqdm import tqdm
 
     array = as_lengths(lengths)
+    strategies = [strategies] if isinstance(strategies, str) else strategies
     sizes = [check_integer("a batch size", size, at_least=1) for size in batch_sizes]
     check_integer("num_replicas", num_replicas, at_least=1)
     jobs = list(_jobs(array[array > 0], strategies, sizes, chunk_size))
@@ -149,9 +150,7 @@ def simulate(
     rows = []
     for name, size, strategy in tqdm(jobs, disable=None if progress else True, unit="plan", leave=False):
         plan = strategy.plan(array, seed=seed)
-        budget = getattr(strategy, "max_tokens", None) or getattr(strategy, "capacity", 0) * getattr(
-            strategy, "rows", 0
-        )
+        budget, over_budget = _budget(strategy, plan)
         seconds = device.seconds(plan)
         rows.append(
             {
@@ -164,7 +163,7 @@ def simulate(
                 "steps": int(plan.steps.sum()),
                 "batches": len(plan),
                 "budget_use": plan.tokens / (len(plan) * budget) if budget and len(plan) else None,
-                "over_budget": int((plan.steps * plan.lanes > budget).sum()) if budget else 0,
+                "over_budget": over_budget,
                 "rank_balance": rank_balance(plan, num_replicas, cost=cost),
                 "re_meeting": re_meeting(plan, strategy.plan(array, seed=seed, epoch=1)),
                 "dropped": len(np.unique(plan.dropped["sequence"][plan.dropped["reason"] != "empty"])),
@@ -172,6 +171,16 @@ def simulate(
             }
         )
     return pd.DataFrame(rows)
+
+
+def _budget(strategy: Strategy, plan: Plan) -> tuple[int, int]:
+    """Return the tokens that a batch may hold, 0 where that is not what is limited, and batches over budget."""
+    if isinstance(strategy, Packing):
+        return strategy.capacity * strategy.rows, 0
+    if not isinstance(strategy, Bucketing) or strategy.max_tokens is None:
+        return 0, 0
+    over = int((plan.costs(strategy.cost) > strategy.max_tokens).sum())
+    return strategy.max_tokens if strategy.cost == (1.0, 0.0) else 0, over
 
 
 def _jobs(

@@ -108,6 +108,7 @@ def cut_windows(
         The piece and batch columns of a plan, pieces of a batch sorted by lane and step.
     """
     length = pieces.length[order]
+    chunk_size = min(chunk_size, int((begin + length).max(initial=1)))
     first = begin // chunk_size
     count = (begin + length - 1) // chunk_size - first + 1
     window = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())

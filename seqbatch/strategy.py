@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from seqbatch.plan import Plan
 
-__all__ = ["Strategy", "check_choice", "check_cost", "check_integer"]
+__all__ = ["MOST", "Strategy", "check_choice", "check_cost", "check_integer"]
+
+
+MOST = 2**62
+"""The largest number of tokens or cells that is counted; int64 holds twice as many."""
 
 
 class Strategy(ABC):
@@ -95,6 +99,8 @@ def check_integer(name: str, value: object, *, at_least: int) -> int:
     number = index(value)
     if number < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {number}")
+    if name not in ("seed", "epoch") and number > MOST:
+        raise ValueError(f"{name} must be at most 2**62, got {number}")
     return number
 
 

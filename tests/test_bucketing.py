@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from seqbatch import Bucketing, bucketing
 from seqbatch.ordering import ENOUGH_BITS, random_bits
 from seqbatch.plan import Plan
+from seqbatch.simulate import re_meeting
 
 LENGTHS = np.random.default_rng(1).integers(1, 50, 400)
 
@@ -156,6 +157,30 @@ def test_drop_last_leaves_out_what_the_end_cut_short() -> None:
     plan = Bucketing(max_tokens=640, static_shapes=True, drop_last=True).plan(LENGTHS)
     assert (np.diff(plan.batch_ptr) == plan.lanes).all()
     assert len(plan.sequence) + len(plan.dropped) == 400
+
+
+def test_few_sequences_of_different_lengths_meet_others_in_the_next_epoch() -> None:
+    """A full sort would make the same batches for ever; pools of half of all do not."""
+    lengths = np.arange(1, 2001)
+    first, second = (Bucketing(max_tokens=30_000).plan(lengths, epoch=epoch) for epoch in (0, 1))
+
+    assert re_meeting(first, second) < 0.6
+    assert first.padding_efficiency > 0.95
+
+
+def test_the_budget_is_hard_for_any_cost() -> None:
+    """Costs far below and far above one token, and budgets that float64 does not hold exactly."""
+    for settings, lengths in (
+        ({"max_tokens": 3_000_000**2, "cost": (0, 1)}, [2_999_999, 1000]),
+        ({"max_tokens": 1, "cost": (1e-6, 0)}, [1] * 1_100_000),
+        ({"max_tokens": 2**43}, [2**42] * 4),
+        ({"max_tokens": 2**61 + 1, "cost": (1, 1e-9)}, [2**30] * 9),
+    ):
+        plan = Bucketing(**settings).plan(lengths)
+        assert (plan.costs(settings.get("cost", (1, 0))) <= settings["max_tokens"]).all()
+    assert Bucketing(max_tokens=2**43).plan([2**42] * 4).lanes.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="allows at most 3000000"):
+        Bucketing(max_tokens=3_000_000**2, cost=(0, 1)).plan([4_000_000, 1000])
 
 
 def test_default_window_keeps_waste_low_and_mates_new() -> None:

@@ -53,6 +53,14 @@ def test_efficiency_is_that_of_the_formula() -> None:
     assert lengths.sum() / (20 * np.ceil(lengths / 20).sum()) == pytest.approx(plan.padding_efficiency, abs=1e-3)
 
 
+def test_chunks_longer_than_all_sequences_cut_none() -> None:
+    """A huge chunk_size is a way to say so."""
+    plan = Chunking(2, 2**62, carry=True).plan([3, 4, 5])
+
+    assert sorted(plan.length.tolist(), reverse=True) == [5, 4, 3]
+    assert len(plan) == 2
+
+
 def test_context_excludes_carry() -> None:
     """The state is the context."""
     with pytest.raises(ValueError, match="carry=True hands the state on"):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_a_truncated_plan_is_refused(saved: Path) -> None:
     whole = saved.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         saved.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a plan file, or is truncated; make it again"):
+        with pytest.raises(ValueError, match="not a plan file, or is truncated or changed; make it again"):
             Plan.load(saved)
 
 
@@ -232,8 +233,37 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         Plan.load(tmp_path / "nothing.npz")
     with pytest.raises(IsADirectoryError):
         Plan.load(tmp_path)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"is no folder to write plan\.npz to"):
         Padding(2).plan(LENGTHS).save(tmp_path / "nowhere" / "plan.npz")
+
+
+def test_ranks_may_save_the_same_plan_at_once(tmp_path: Path) -> None:
+    """Each writes a file of its own and puts it in place; a broken one is never seen."""
+    plan, path = Packing(64).plan(np.arange(1, 50)), tmp_path / "plan.npz"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: plan.save(path), range(40)))
+
+    assert Plan.load(path).digest == plan.digest
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.npz"]
+
+
+def test_settings_changed_in_a_file_are_noticed(saved: Path) -> None:
+    """The seed decides the order of ranks, though not which sequences meet."""
+    arrays = dict(np.load(saved))
+    header = json.loads(str(arrays["header"]))
+    header["settings"]["seed"] = 5
+    np.savez(saved, **(arrays | {"header": np.array(json.dumps(header))}))
+    with pytest.raises(ValueError, match="is truncated or changed"):
+        Plan.load(saved)
+
+
+def test_counts_beyond_int64_are_refused() -> None:
+    """Not wrapped around."""
+    with pytest.raises(ValueError, match=r"more than 2\*\*62 cells"):
+        Padding(1024, shuffle=False).plan([2**55] + [1] * 1023)
+    with pytest.raises(ValueError, match=r"batch_size must be at most 2\*\*62"):
+        Padding(2**70)
+    assert (Splicing(1, 2**40).plan([4 * 10**9, 2]).costs((0.0, 1.0)) > 1.5e19).all()
 
 
 def test_columns_that_do_not_fit_together_are_refused() -> None:
