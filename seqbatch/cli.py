@@ -56,6 +56,10 @@ def _numbers(kind: Callable[[str], Any], how_many: int | None = None) -> Callabl
             values = tuple(kind(part) for part in text.split(","))
         except ValueError:
             values = ()
+        if any(value < 1 if kind is int else not abs(value) < float("inf") for value in values):
+            raise click.BadParameter(
+                f"expected {'numbers from 1 up' if kind is int else 'finite numbers'}, got {text!r}"
+            )
         if not values or (how_many is not None and len(values) != how_many):
             wanted = f"{how_many} numbers" if how_many else "whole numbers"
             raise click.BadParameter(f"expected {wanted} separated by commas, got {text!r}")
@@ -167,6 +171,8 @@ def simulate(
 
     The device model's defaults put its knee at 50 lanes; they are no measurement.
     """
+    if plot and Path(plot).suffix not in (".png", ".svg", ".pdf"):
+        raise click.BadParameter(f"FILE must end in .png, .svg or .pdf, got {plot!r}", param_hint="--plot")
     from seqbatch.simulate import STRATEGIES, DeviceModel
     from seqbatch.simulate import simulate as run
 
@@ -210,7 +216,7 @@ def plan(
     else:
         settings = _parse_strategy(strategy)
         made = settings.plan(_read(lengths, corpus, column, unit), seed=seed, epoch=epoch)
-    if out:
+    if out is not None:
         made.save(out)
     click.echo(f"{made!r}\ndigest {made.digest}, dropped {len(made.dropped)} pieces", err=form is not None)
     if out is None or form:

@@ -125,6 +125,9 @@ USAGE = {
     "is none of": [["stats", "--corpus", "ud"], ["simulate", "FILE", "--strategies", "padding,none"]],
     "expected 2 numbers": [["simulate", "--gamma", "2"], ["simulate", "--lognormal", "a,b"]],
     "expected whole numbers": [["simulate", "FILE", "--batch-sizes", "1,x"], ["simulate", "FILE", "--batch-sizes", ""]],
+    "expected numbers from 1 up": [["simulate", "FILE", "--batch-sizes", "0,2"]],
+    "expected finite numbers": [["simulate", "FILE", "--cost", "nan,0"]],
+    "must end in .png, .svg or .pdf": [["simulate", "FILE", "--plot", "plot.exe"]],
     "give one of LENGTHS": [
         ["simulate", "FILE", "--gamma", "2,10"],
         ["simulate", "--gamma", "2,10", "--lognormal", "1,1"],
