@@ -147,30 +147,36 @@ def simulate(
     check_integer("num_replicas", num_replicas, at_least=1)
     jobs = list(_jobs(array[array > 0], strategies, sizes, chunk_size))
     device = device or DeviceModel()
-    rows = []
-    for name, size, strategy in tqdm(jobs, disable=None if progress else True, unit="plan", leave=False):
-        plan = strategy.plan(array, seed=seed)
-        budget, over_budget = _budget(strategy, plan)
-        seconds = device.seconds(plan)
-        rows.append(
-            {
-                "strategy": name,
-                "batch_size": size,
-                "settings": repr(strategy),
-                "padding_efficiency": plan.padding_efficiency,
-                "tokens": plan.tokens,
-                "cells": plan.cells,
-                "steps": int(plan.steps.sum()),
-                "batches": len(plan),
-                "budget_use": plan.tokens / (len(plan) * budget) if budget and len(plan) else None,
-                "over_budget": over_budget,
-                "rank_balance": rank_balance(plan, num_replicas, cost=cost),
-                "re_meeting": re_meeting(plan, strategy.plan(array, seed=seed, epoch=1)),
-                "dropped": len(np.unique(plan.dropped["sequence"][plan.dropped["reason"] != "empty"])),
-                "tokens_per_s": plan.tokens / seconds if seconds else None,
-            }
-        )
-    return pd.DataFrame(rows)
+    bar = tqdm(jobs, disable=None if progress else True, unit="plan", leave=False)
+    return pd.DataFrame(
+        [
+            {"strategy": name, "batch_size": size} | _count(strategy, array, seed, device, num_replicas, cost)
+            for name, size, strategy in bar
+        ]
+    )
+
+
+def _count(
+    strategy: Strategy, lengths: IntArray, seed: int, device: DeviceModel, num_replicas: int, cost: tuple[float, float]
+) -> dict[str, object]:
+    """Return the columns of one row of `simulate`."""
+    plan, next_plan = (strategy.plan(lengths, seed=seed, epoch=epoch) for epoch in (0, 1))
+    budget, over_budget = _budget(strategy, plan)
+    seconds = device.seconds(plan)
+    return {
+        "settings": repr(strategy),
+        "padding_efficiency": plan.padding_efficiency,
+        "tokens": plan.tokens,
+        "cells": plan.cells,
+        "steps": int(plan.steps.sum()),
+        "batches": len(plan),
+        "budget_use": plan.tokens / (len(plan) * budget) if budget and len(plan) else None,
+        "over_budget": over_budget,
+        "rank_balance": rank_balance(plan, num_replicas, cost=cost),
+        "re_meeting": re_meeting(plan, next_plan),
+        "dropped": len(np.unique(plan.dropped["sequence"][plan.dropped["reason"] != "empty"])),
+        "tokens_per_s": plan.tokens / seconds if seconds else None,
+    }
 
 
 def _budget(strategy: Strategy, plan: Plan) -> tuple[int, int]:
