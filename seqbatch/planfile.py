@@ -66,7 +66,6 @@ def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:
         EOFError,
         OSError,
         RuntimeError,
-        NotImplementedError,
         TypeError,
         AttributeError,
     ) as error:
