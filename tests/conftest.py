@@ -6,7 +6,11 @@ import numba
 import numpy as np
 import pandas as pd
 import scipy
+import torch
 from hypothesis import HealthCheck, settings
+
+# Triton kernels run in its interpreter where there is no GPU; the variable is read when they are defined.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 settings.register_profile("local", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)

@@ -10,7 +10,7 @@ import pytest
 import seqbatch
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "seqbatch").glob("*.py"))
+MODULES = sorted((ROOT / "seqbatch").rglob("*.py"))
 
 
 def test_requirements_are_those_of_setup_cfg() -> None:
@@ -30,7 +30,7 @@ def test_public_names_are_there() -> None:
         seqbatch.Paddding  # noqa: B018
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_every_public_function_is_documented_and_nothing_is_asserted(path: Path) -> None:
     """Users get ValueError or TypeError, never an assertion."""
     tree = ast.parse(path.read_text())
@@ -44,7 +44,7 @@ def test_every_public_function_is_documented_and_nothing_is_asserted(path: Path)
 
 def test_test_files_are_collected() -> None:
     """A file that pytest does not match would never run."""
-    helpers = {"conftest", "laws", "strategies", "twins"}
+    helpers = {"conftest", "laws", "scans", "strategies", "twins"}
     assert all(p.stem in helpers or p.stem.startswith("test_") for p in (ROOT / "tests").glob("*.py"))
 
 

@@ -1,0 +1,5 @@
+"""Recurrent layers that know resets, padding, flat input and carried state, on CPU and CUDA."""
+
+from seqbatch.rnn.sru import SRU, SRULayer
+
+__all__ = ["SRU", "SRULayer"]
