@@ -21,6 +21,8 @@ __all__ = ["LSTM", "SlowPathWarning"]
 
 State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
+_SEGMENTS = 4  # pieces of time in which that is looked at
 _CLOSED = 1e4  # sigmoid(-1e4) is 0 and sigmoid(1e4) is 1 in every dtype; float16 can hold it
 
 
@@ -126,6 +128,42 @@ class LSTM(nn.LSTM):
     def _run(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         if not x.shape[1]:
             return x.new_zeros(*x.shape[:2], self._output_size()), state
+        if mask is not None and reset is None and not x.is_cuda and not self.bidirectional:
+            lengths = mask.sum(0)
+            ragged = int(lengths.sum()) < _RAGGED * mask.numel()
+            if ragged and bool((mask == (torch.arange(len(x))[:, None] < lengths)).all()):
+                return self._run_ragged(x, mask, lengths, state)
+        if mask is not None:  # padding may hold anything
+            x = torch.where(mask[..., None], x, 0.0)
+        return self._run_together(x, reset, mask, state)
+
+    def _run_ragged(self, x: Tensor, mask: Tensor, lengths: Tensor, state: State) -> tuple[Tensor, State]:
+        """Some steps at a time, the longest lanes first, without the lanes that have ended.
+
+        On CPU a step costs what its lanes cost; on CUDA it is the number of steps that counts.
+        """
+        steps, lanes = mask.shape
+        order = lengths.argsort(descending=True, stable=True)
+        rows = torch.arange(steps)[:, None] * lanes
+        there, here = (rows + order).flatten(), (rows + order.argsort()).flatten()
+        kept, stay = mask[:, order], mask.flatten()
+        x = move(x.flatten(0, 1), there, kept.flatten(), here, stay).view(steps, lanes, -1)
+        h, c = state[0][:, order], state[1][:, order]
+        outputs, each = [], max(-(-steps // _SEGMENTS), 16)
+        for begin in range(0, steps, each):
+            active = int((lengths > begin).sum())
+            part = slice(begin, begin + each), slice(active)
+            output = x.new_zeros(0, 0, self._output_size())
+            if active:
+                output, (h_part, c_part) = self._run_together(x[part], None, kept[part], (h[:, :active], c[:, :active]))
+                h, c = torch.cat([h_part, h[:, active:]], 1), torch.cat([c_part, c[:, active:]], 1)
+            missing = (0, 0, 0, lanes - output.shape[1], 0, min(each, steps - begin) - output.shape[0])
+            outputs.append(nn.functional.pad(output, missing))
+        output = move(torch.cat(outputs).flatten(0, 1), here, stay, there, kept.flatten())
+        again = order.argsort()
+        return output.view(steps, lanes, -1), (h[:, again], c[:, again])
+
+    def _run_together(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         layout = Layout.of(x.shape[0], x.shape[1], reset, mask, x.device)
         why = self._too_hard(layout, reset, mask, state)
         if why is None:
@@ -133,7 +171,7 @@ class LSTM(nn.LSTM):
             if finite:
                 return output, after
         else:
-            warnings.warn(f"{why}; this call runs as a slow loop over steps", SlowPathWarning, stacklevel=4)
+            warnings.warn(f"{why}; this call runs as a slow loop over steps", SlowPathWarning, stacklevel=5)
         # Where something is NaN or infinite only selection stops it at a reset: closed gates do not.
         return self._run_reference(x, reset, mask, state)
 
@@ -152,11 +190,11 @@ class LSTM(nn.LSTM):
 
     def _run_stock(self, x: Tensor, reset: Tensor | None, layout: Layout, state: State) -> tuple[Tensor, State, bool]:
         directions, (steps, lanes) = 1 + self.bidirectional, layout.real.shape
-        lane = torch.arange(lanes, device=x.device)
-        there, here = (layout.source * lanes + lane).flatten(), (layout.place * lanes + lane).flatten()
-        kept = layout.real.flatten()
-        stay = kept if not layout.inserted else kept[here]
-        x = move(x.flatten(0, 1), there, kept, here, stay).view(steps, lanes, -1)
+        if layout.inserted:
+            lane = torch.arange(lanes, device=x.device)
+            there, here = (layout.source * lanes + lane).flatten(), (layout.place * lanes + lane).flatten()
+            kept = layout.real.flatten()
+            x = move(x.flatten(0, 1), there, kept, here, kept[here]).view(steps, lanes, -1)
         hs, cs = [], []
         for layer, weights in enumerate(self._layers()):
             if layer:
@@ -170,8 +208,9 @@ class LSTM(nn.LSTM):
             cs.append(c)
         after = torch.cat(hs), torch.cat(cs)
         total = x.sum(dtype=torch.float32) + sum(part.sum(dtype=torch.float32) for part in (*hs, *cs))
-        output = move(x.flatten(0, 1), here, stay, there, kept)
-        return output.view(*layout.place.shape, -1), after, bool(torch.isfinite(total))
+        if layout.inserted:
+            x = move(x.flatten(0, 1), here, kept[here], there, kept).view(*layout.place.shape, -1)
+        return x, after, bool(torch.isfinite(total))
 
     def _run_reference(
         self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State
