@@ -52,6 +52,7 @@ def compile_variant(name: str, variant: dict[str, Any], target: int, summary: bo
         "KIND": 0 if variant["peephole"] else 1,
         "INSIDE": not variant["peephole"],
         "TWO": variant["two"],
+        "KEEP": True,
         "BACKWARD": variant.get("backward", False),
         "BLOCK": cuda.BLOCK,
         "UNROLL": cuda.AHEAD[name][chunked],

@@ -15,7 +15,7 @@ __all__ = ["Scan", "check_flags", "check_offsets", "check_scan"]
 
 
 class Scan(NamedTuple):
-    """The arguments of :func:`seqbatch.rnn.reference.sru_scan`, in its order.
+    """The arguments of :func:`seqbatch.rnn.reference.sru_scan`, in its order, and whether c is wanted.
 
     >>> Scan(torch.zeros(2, 1, 3, 4), None, None, None, torch.zeros(1, 4)).activation
     'identity'
@@ -34,6 +34,7 @@ class Scan(NamedTuple):
     bidirectional: bool = False
     scale: float = 1.0
     dropout_inside: bool = False
+    keep: bool = True  # the states, which only a backward needs
 
 
 def check_scan(scan: Scan) -> None:

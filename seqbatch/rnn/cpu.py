@@ -27,10 +27,10 @@ def forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     """
     carry = carry_dtype(scan.u.dtype)
     shape = (*scan.u.shape[:-2], scan.u.shape[-1])
-    h, c = torch.empty(shape, dtype=carry), torch.empty(shape, dtype=carry)
+    h, c = torch.empty(shape, dtype=carry), torch.empty(shape if scan.keep else (0,), dtype=carry)
     last = torch.empty(scan.initial.shape, dtype=carry)
     inputs, width = _arrays(scan, carry), scan.u.shape[-1]
-    outputs = (h.numpy().reshape(-1, width), c.numpy().reshape(-1, width), last.numpy())
+    outputs = (h.numpy().reshape(-1, width), _rows(c, width), last.numpy())
 
     def block(lanes: Span, columns: Span, group: int, reverse: bool) -> None:
         cpu_kernels.forward(*inputs, _settings(scan, reverse), lanes, columns, *outputs)
@@ -56,8 +56,8 @@ def backward(grad_h: Tensor, grad_last: Tensor, c: Tensor, scan: Scan) -> list[T
     sums = torch.zeros(GROUPS, 4, width, dtype=carry)
     inputs = _arrays(scan, carry)
     gradients = (
-        _array(c).reshape(-1, width),
-        _array(grad_h, carry).reshape(-1, width),
+        _rows(c, width),
+        _rows(grad_h.to(carry), width),
         _array(grad_last, carry),
         grad_u.numpy().reshape(-1, *scan.u.shape[-2:]),
         grad_skip.numpy().reshape(-1, width) if scan.skip is not None else _absent(carry, 2),
@@ -88,7 +88,7 @@ def _arrays(scan: Scan, carry: torch.dtype) -> tuple[Any, ...]:
         first, length = offsets[:-1].copy(), np.diff(offsets)
     return (
         _array(scan.u, carry).reshape(-1, *scan.u.shape[-2:]),
-        _absent(carry, 2) if scan.skip is None else _array(scan.skip, carry).reshape(-1, width),
+        _absent(carry, 2) if scan.skip is None else _rows(scan.skip.to(carry), width),
         _absent(carry, 2) if scan.weight_c is None else _array(scan.weight_c, carry),
         np.zeros((2, width), _absent(carry, 1).dtype) if scan.bias is None else _array(scan.bias, carry),
         _array(scan.initial, carry),
@@ -98,6 +98,11 @@ def _arrays(scan: Scan, carry: torch.dtype) -> tuple[Any, ...]:
         first,
         length,
     )
+
+
+def _rows(tensor: Tensor, width: int) -> Array:
+    """(R, width); nothing stays nothing."""
+    return _array(tensor).reshape(tensor.numel() // width if width else 0, width)
 
 
 def _array(tensor: Tensor, dtype: torch.dtype | None = None) -> Array:

@@ -119,8 +119,8 @@ def forward(
     """Walk some lanes and columns of one direction and fill h, c and last.
 
     Shapes: u (R, k, H); skip, h, c (R, H); weight_c, bias (2, H); initial, dropout, last (N, H); reset,
-    mask (R,). An optional array without elements is absent. Settings: stride, kind of activation
-    (0 identity, 1 tanh, 2 relu), scale of the skip, dropout inside, reverse.
+    mask (R,). An optional array without elements is absent, c too where it is not wanted. Settings: stride,
+    kind of activation (0 identity, 1 tanh, 2 relu), scale of the skip, dropout inside, reverse.
     """
     stride, kind, scale, inside, reverse = settings
     lo, hi = columns
@@ -139,10 +139,11 @@ def forward(
             row = first[n] + (length[n] - 1 - step if reverse else step) * stride
             if len(reset) and ((not reverse and reset[row]) or (reverse and step > 0 and reset[row + stride])):
                 carry[:] = 0
-            out, state = h[row, lo:hi], c[row, lo:hi]
+            out = h[row, lo:hi]
             if len(mask) and not mask[row]:
                 out[:] = 0
-                state[:] = carry
+                if len(c):
+                    c[row, lo:hi] = carry
                 continue
             if four:
                 s = u[row, 3, lo:hi]
@@ -153,7 +154,8 @@ def forward(
             _gate(r, u[row, 2, lo:hi], bias[1, lo:hi], v_r, carry, peephole)
             for j in range(hi - lo):
                 carry[j] = (carry[j] - z[j]) * f[j] + z[j]
-                state[j] = carry[j]
+            if len(c):
+                c[row, lo:hi] = carry
             if kind > 0:
                 _activate(g, carry, kind)
             if inside:

@@ -25,7 +25,7 @@ def forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence: h, c and the last state, as the reference defines them."""
     scan = _contiguous(scan)
     carry, shape = carry_dtype(scan.u.dtype), (*scan.u.shape[:-2], scan.u.shape[-1])
-    h, c = scan.u.new_empty(shape), scan.u.new_empty(shape, dtype=carry)
+    h, c = scan.u.new_empty(shape), scan.u.new_empty(shape if scan.keep else (0,), dtype=carry)
     last = scan.initial.clone()  # stays where there is no step
     walk = _Walk(scan, linear=scan.weight_c is None)
     if not walk.programs:
@@ -135,7 +135,7 @@ class _Walk:
             "BLOCK": BLOCK,
             "UNROLL": AHEAD[kernel][self.chunked],
             "num_warps": 1,
-        }
+        } | ({"KEEP": scan.keep} if kernel == "forward" else {})
 
     def maps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Room for the map of each chunk: product, constant, whether it is cleared."""

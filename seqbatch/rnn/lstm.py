@@ -7,6 +7,7 @@ What they cannot express takes the reference path, a loop over steps, and says s
 
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ __all__ = ["LSTM", "SlowPathWarning"]
 State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
-_SEGMENTS = 4  # pieces of time in which that is looked at
+_SEGMENTS = 4  # pieces of time, each up to where another quarter of the lanes ends
 _CLOSED = 1e4  # sigmoid(-1e4) is 0 and sigmoid(1e4) is 1 in every dtype; float16 can hold it
 
 
@@ -149,16 +150,15 @@ class LSTM(nn.LSTM):
         kept, stay = mask[:, order], mask.flatten()
         x = move(x.flatten(0, 1), there, kept.flatten(), here, stay).view(steps, lanes, -1)
         h, c = state[0][:, order], state[1][:, order]
-        outputs, each = [], max(-(-steps // _SEGMENTS), 16)
-        for begin in range(0, steps, each):
+        quarters = [-(-lanes * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
+        ends, outputs = dict.fromkeys(lengths.sort().values[quarters].tolist()), []
+        for begin, end in pairwise(dict.fromkeys([0, *ends])):
             active = int((lengths > begin).sum())
-            part = slice(begin, begin + each), slice(active)
-            output = x.new_zeros(0, 0, self._output_size())
-            if active:
-                output, (h_part, c_part) = self._run_together(x[part], None, kept[part], (h[:, :active], c[:, :active]))
-                h, c = torch.cat([h_part, h[:, active:]], 1), torch.cat([c_part, c[:, active:]], 1)
-            missing = (0, 0, 0, lanes - output.shape[1], 0, min(each, steps - begin) - output.shape[0])
-            outputs.append(nn.functional.pad(output, missing))
+            part = slice(begin, end), slice(active)
+            output, (h_part, c_part) = self._run_together(x[part], None, kept[part], (h[:, :active], c[:, :active]))
+            h, c = torch.cat([h_part, h[:, active:]], 1), torch.cat([c_part, c[:, active:]], 1)
+            outputs.append(nn.functional.pad(output, (0, 0, 0, lanes - active)))
+        outputs.append(x.new_zeros(steps - max(ends), lanes, self._output_size()))
         output = move(torch.cat(outputs).flatten(0, 1), here, stay, there, kept.flatten())
         again = order.argsort()
         return output.view(steps, lanes, -1), (h[:, again], c[:, again])

@@ -5,7 +5,7 @@ Both are custom operators with a kernel for CPU (numba) and one for CUDA (Triton
 reference. Kernels are imported, and compiled, when they are first called.
 
 Memory kept for backward, per step, lane and column: u (k values), the skip (one value, the layer's
-input itself) and c (one value of at least float32). Gates are computed again.
+input itself) and c (one value of at least float32). Gates are computed again. Without gradients c is not written.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["sru_scan"]
 _ARGUMENTS = (
     "Tensor u, Tensor? skip, Tensor? weight_c, Tensor? bias, Tensor initial, Tensor? dropout, "
     "Tensor? reset, Tensor? mask, Tensor? cu_seqlens, "
-    "str activation, bool bidirectional, float scale, bool dropout_inside"
+    "str activation, bool bidirectional, float scale, bool dropout_inside, bool keep"
 )
 _DIFFERENTIABLE = 5  # the first five arguments have a gradient
 
@@ -65,6 +65,8 @@ def sru_scan(
     """
     flags = (dropout, reset, mask, cu_seqlens)
     scan = Scan(u, skip, weight_c, bias, initial, *flags, activation, bidirectional, float(scale), dropout_inside)
+    learning = any(x is not None and x.requires_grad for x in (u, skip, weight_c, bias, initial))
+    scan = scan._replace(keep=learning and torch.is_grad_enabled())
     check_scan(scan)
     h, _, last = _forward(*scan._replace(initial=initial.to(reference.carry_dtype(u.dtype))))
     return h, last
@@ -123,7 +125,7 @@ _backward.register_kernel("cuda", _backward_cuda)
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, initial = arguments[0], arguments[4]
     shape = (*u.shape[:-2], u.shape[-1])
-    return u.new_empty(shape), initial.new_empty(shape), initial.new_empty(initial.shape)
+    return u.new_empty(shape), initial.new_empty(shape if arguments[-1] else (0,)), initial.new_empty(initial.shape)
 
 
 @_backward.register_fake
@@ -166,7 +168,7 @@ def _differentiate_twice(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor |
         outer = [None if x is None else x.detach().requires_grad_() for x in (grad_h, grad_last)]
         inner = [None if x is None else x.detach().requires_grad_() for x in tensors[:_DIFFERENTIABLE]]
         given = [x for x in inner if x is not None]
-        h, _, last = reference.sru_scan(*inner, *tensors[_DIFFERENTIABLE:], *ctx.settings)  # type: ignore[arg-type]
+        h, _, last = reference.sru_scan(*inner, *tensors[_DIFFERENTIABLE:], *ctx.settings[:-1])  # type: ignore[arg-type]
         first = torch.autograd.grad((h, last), given, outer, create_graph=True, materialize_grads=True)
         pairs = [(x, g) for x, g in zip(first, grads, strict=True) if g is not None]
         wanted = [*outer, *given]

@@ -84,9 +84,9 @@ def forward(
     SCALE: tl.constexpr, PLANES: tl.constexpr, HAS_SKIP: tl.constexpr, PEEPHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, FLAT: tl.constexpr,
     CHUNKED: tl.constexpr, SUMMARY: tl.constexpr, KIND: tl.constexpr, INSIDE: tl.constexpr, TWO: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Walk through time and fill h, c and last; with SUMMARY only c's (in last), product and cleared.
+    """Walk through time and fill h, c and last; with SUMMARY only last, product and cleared.
 
     A chunk's map is c_out = product * c_in + last, or last where ``cleared``; each has a row per program.
     """
@@ -179,7 +179,8 @@ def forward(
                 out = (m * g - s) * r + s if INSIDE else (g - s) * (m * r) + s
                 out = tl.where(real, out, 0.0)
                 tl.store(h + row * total + column, out.to(h.dtype.element_ty), real_column & live)
-                tl.store(c + row * total + column, now, real_column & live)
+                if KEEP:
+                    tl.store(c + row * total + column, now, real_column & live)
                 if FLAT and CHUNKED:
                     tl.store(last + here * total + column, now, real_column & live & (here != following))
             carry = tl.where(live, now, carry)
