@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := padding,token_budget,static_shapes,splicing,chunking,packing
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/demo.installed
 	@mkdir -p report
@@ -24,6 +24,12 @@ lint: $(VENV)/test.installed
 bench: $(VENV)/test.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.planning.run
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
+	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
+
+# Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py
+	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.run --device cuda
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqbatch needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'

@@ -130,6 +130,7 @@ def test_compiles_ahead_of_time_without_spills() -> None:
         "some = [v for v in variants() if v['dtype'] == 'bf16' and not v['two']]\n"
         "chosen = [next(v for v in some if v['walk'] == w and v['peephole'] == p)"
         " for w, p in (('lanes', True), ('flat chunks', False))]\n"
+        "chosen += [v for v in some if v['walk'] == 'lanes' and v['peephole'] and v['flags'] and v['planes'] == 3]\n"
         "rows = [compile_variant(n, v, t) for v in chosen for n in ('forward', 'backward') for t in (80, 90)]\n"
         "print(json.dumps(rows))"
     )

@@ -55,7 +55,7 @@ def compile_variant(name: str, variant: dict[str, Any], target: int, summary: bo
         "KEEP": True,
         "BACKWARD": variant.get("backward", False),
         "BLOCK": cuda.BLOCK,
-        "UNROLL": cuda.AHEAD[name][chunked],
+        "UNROLL": cuda.ahead(name, chunked, variant["flags"]),
     }
     data, carried, flag, offset = f"*{variant['dtype']}", "*fp32", "*u8", "*i32"
     types = dict.fromkeys(("u", "skip", "h", "grad_h", "grad_u", "grad_skip"), data)

@@ -17,8 +17,13 @@ MANY = 8192  # columns that fill a device when each is walked by itself
 PROGRAMS = 2048  # to have at least, where time is cut into chunks
 CHUNK = 64  # least number of steps of a chunk
 BLOCK = 32  # columns of a program: one of each thread of a warp
-# Steps whose loads are in flight together: as many as registers hold. Chunks are many programs: fewer do.
+# Steps whose loads are in flight together: as many as registers hold; fewer with chunks, which are many programs.
 AHEAD = {"forward": (12, 8), "backward": (6, 4), "combine": (8, 8)}
+
+
+def ahead(kernel: str, chunked: bool, flags: bool) -> int:
+    """Steps whose loads a kernel has in flight; flags take registers of the forward walk."""
+    return AHEAD[kernel][chunked or (flags and kernel == "forward")]
 
 
 def forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +138,7 @@ class _Walk:
             "INSIDE": scan.dropout_inside,
             "TWO": scan.bidirectional,
             "BLOCK": BLOCK,
-            "UNROLL": AHEAD[kernel][self.chunked],
+            "UNROLL": ahead(kernel, self.chunked, scan.reset is not None or scan.mask is not None),
             "num_warps": 1,
         } | ({"KEEP": scan.keep} if kernel == "forward" else {})
 
