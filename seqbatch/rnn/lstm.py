@@ -131,7 +131,7 @@ class LSTM(nn.LSTM):
             return x.new_zeros(*x.shape[:2], self._output_size()), state
         if mask is not None and reset is None and not x.is_cuda and not self.bidirectional:
             lengths = mask.sum(0)
-            ragged = int(lengths.sum()) < _RAGGED * mask.numel()
+            ragged = 0 < int(lengths.sum()) < _RAGGED * mask.numel()
             if ragged and bool((mask == (torch.arange(len(x))[:, None] < lengths)).all()):
                 return self._run_ragged(x, mask, lengths, state)
         if mask is not None:  # padding may hold anything
@@ -145,23 +145,25 @@ class LSTM(nn.LSTM):
         """
         steps, lanes = mask.shape
         order = lengths.argsort(descending=True, stable=True)
-        rows = torch.arange(steps)[:, None] * lanes
-        there, here = (rows + order).flatten(), (rows + order.argsort()).flatten()
-        kept, stay = mask[:, order], mask.flatten()
-        x = move(x.flatten(0, 1), there, kept.flatten(), here, stay).view(steps, lanes, -1)
-        h, c = state[0][:, order], state[1][:, order]
+        rank, row = order.argsort(), torch.arange(steps)[:, None] * lanes
+        kept, real = mask[:, order], mask.flatten()
+        x = move(x.flatten(0, 1), (row + order).flatten(), kept.flatten(), (row + rank).flatten(), real)
+        x, h, c = x.view(steps, lanes, -1), state[0][:, order], state[1][:, order]
         quarters = [-(-lanes * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
-        ends, outputs = dict.fromkeys(lengths.sort().values[quarters].tolist()), []
+        ends = dict.fromkeys(lengths.sort().values[quarters].tolist())
+        active, outputs = torch.zeros(steps, dtype=torch.int64), []
         for begin, end in pairwise(dict.fromkeys([0, *ends])):
-            active = int((lengths > begin).sum())
-            part = slice(begin, end), slice(active)
-            output, (h_part, c_part) = self._run_together(x[part], None, kept[part], (h[:, :active], c[:, :active]))
-            h, c = torch.cat([h_part, h[:, active:]], 1), torch.cat([c_part, c[:, active:]], 1)
-            outputs.append(nn.functional.pad(output, (0, 0, 0, lanes - active)))
-        outputs.append(x.new_zeros(steps - max(ends), lanes, self._output_size()))
-        output = move(torch.cat(outputs).flatten(0, 1), here, stay, there, kept.flatten())
-        again = order.argsort()
-        return output.view(steps, lanes, -1), (h[:, again], c[:, again])
+            n = int((lengths > begin).sum())
+            active[begin:end] = n
+            part, first = (slice(begin, end), slice(n)), (h[:, :n], c[:, :n])
+            output, (h_part, c_part) = self._run_together(x[part], None, kept[part], first)
+            h, c = torch.cat([h_part, h[:, n:]], 1), torch.cat([c_part, c[:, n:]], 1)
+            outputs.append(output.flatten(0, 1))
+        rows, before = torch.cat(outputs), active.cumsum(0) - active
+        take = (before[:, None] + rank).clamp(max=len(rows) - 1).flatten()
+        step = torch.arange(steps).repeat_interleave(active)
+        back = step * lanes + order[torch.arange(len(rows)) - before[step]]
+        return move(rows, take, real, back, real[back]).view(steps, lanes, -1), (h[:, rank], c[:, rank])
 
     def _run_together(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         layout = Layout.of(x.shape[0], x.shape[1], reset, mask, x.device)
