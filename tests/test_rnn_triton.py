@@ -28,9 +28,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(cuda, "BLOCK", 4)
     monkeypatch.setattr(cuda, "CHUNK", 2)
-    monkeypatch.setattr(cuda, "PROGRAMS", 1)
+    monkeypatch.setattr(cuda, "PROGRAMS", 10**9)  # more than there can be: the least chunk
     monkeypatch.setattr(cuda, "AHEAD", {"forward": (3, 3), "backward": (2, 2), "combine": (2, 2)})
     return cuda
+
+
+def test_chunks_are_several(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests below rely on: chunks of two steps, and a last one of one."""
+    monkeypatch.setattr(small, "MANY", ALL_CHUNKS)
+    walk = small._Walk(some_scan(version="v1", steps=9, lanes=3), linear=True)
+    assert (walk.chunked, walk.chunk, walk.chunks, walk.programs) == (True, 2, 5, 15)
 
 
 def both(cuda: Any, scan: Scan) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
