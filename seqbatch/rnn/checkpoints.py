@@ -86,7 +86,7 @@ def from_sru_state_dict(
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint does not fit {layer}: {error}; say what its tensors cannot show: bidirectional, "
-                "highway or normalize_after"
+                "highway or normalize_after (layers of different projection size are not supported)"
             ) from error
     return rnn
 
