@@ -23,14 +23,17 @@ ALL_LANES, ALL_CHUNKS = 0, 10**9  # what counts as many columns
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Blocks, chunks and unrolled steps so small that odd sizes have several and a rest."""
+    """Blocks, chunks and unrolled steps so small that odd sizes have several and a rest; fresh memory holds NaN."""
     from seqbatch.rnn import cuda
 
     monkeypatch.setattr(cuda, "BLOCK", 4)
     monkeypatch.setattr(cuda, "CHUNK", 2)
     monkeypatch.setattr(cuda, "PROGRAMS", 10**9)  # more than there can be: the least chunk
     monkeypatch.setattr(cuda, "AHEAD", {"forward": (3, 3), "backward": (2, 2), "combine": (2, 2)})
-    return cuda
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield cuda
+    torch.use_deterministic_algorithms(False)
 
 
 def test_chunks_are_several(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
