@@ -14,34 +14,68 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "Bucketing": "bucketing",
     "Chunking": "chunking",
+    "FlattenCollate": "collators",
     "Packing": "packing",
+    "PadCollate": "collators",
     "Padding": "padding",
+    "PieceDataset": "datasets",
     "Plan": "plan",
+    "PlanBatchSampler": "sampler",
+    "SequenceBatch": "batch",
+    "SpliceCollate": "collators",
     "Splicing": "splicing",
+    "TokenArray": "datasets",
+    "collate": "collating",
+    "gather_lanes": "ranks",
+    "global_loss_tokens": "ranks",
     "load_corpus": "lengths",
+    "make_loader": "loader",
     "read_lengths": "lengths",
+    "scatter_lanes": "ranks",
+    "stitch": "stitching",
 }
 
 __all__ = [
     "Bucketing",
     "Chunking",
+    "FlattenCollate",
     "Packing",
+    "PadCollate",
     "Padding",
+    "PieceDataset",
     "Plan",
+    "PlanBatchSampler",
+    "SequenceBatch",
+    "SpliceCollate",
     "Splicing",
+    "TokenArray",
     "__version__",
+    "collate",
+    "gather_lanes",
+    "global_loss_tokens",
     "load_corpus",
+    "make_loader",
     "read_lengths",
+    "scatter_lanes",
+    "stitch",
 ]
 
 if TYPE_CHECKING:
+    from seqbatch.batch import SequenceBatch
     from seqbatch.bucketing import Bucketing
     from seqbatch.chunking import Chunking
+    from seqbatch.collating import collate
+    from seqbatch.collators import FlattenCollate, PadCollate, SpliceCollate
+    from seqbatch.datasets import PieceDataset, TokenArray
     from seqbatch.lengths import load_corpus, read_lengths
+    from seqbatch.loader import make_loader
     from seqbatch.packing import Packing
     from seqbatch.padding import Padding
     from seqbatch.plan import Plan
+    from seqbatch.ranks import gather_lanes, global_loss_tokens, scatter_lanes
+    from seqbatch.sampler import PlanBatchSampler
     from seqbatch.splicing import Splicing
+    from seqbatch.stitching import stitch
 else:
 
     def __getattr__(name: str) -> object:

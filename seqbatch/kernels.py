@@ -16,6 +16,7 @@ from seqbatch.ordering import IntArray
 
 __all__ = [
     "best_fit",
+    "compiled",
     "cut_batches",
     "draw_keys",
     "first_free",
@@ -31,7 +32,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a loop on first use, without the interpreter's lock, and keep it on disk where that can be."""
     try:
         kernel: Callable[P, R] = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba found no folder to write to: compile once a process
@@ -39,7 +41,7 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     return kernel
 
 
-@_compiled
+@compiled
 def draw_keys(keys: NDArray[np.uint64], codes: IntArray, code_bits: int, place_bits: int) -> None:
     """Turn random words into keys (random bits, code, place) that sort sequences at random.
 
@@ -54,7 +56,7 @@ def draw_keys(keys: NDArray[np.uint64], codes: IntArray, code_bits: int, place_b
         keys[i] = keys[i] >> low << low | np.uint64(codes[i]) << np.uint64(place_bits) | np.uint64(i)
 
 
-@_compiled
+@compiled
 def pool_keys(
     keys: NDArray[np.uint64], window: int, classes: int, code_bits: int, place_bits: int, pool_bits: int
 ) -> None:
@@ -85,7 +87,7 @@ def pool_keys(
         keys[i] = (top << random_bits | drawn) << np.uint64(place_bits) | (key & place_mask)
 
 
-@_compiled
+@compiled
 def read_pool_keys(
     keys: NDArray[np.uint64],
     window: int,
@@ -104,7 +106,7 @@ def read_pool_keys(
         keys[i] &= place_mask
 
 
-@_compiled
+@compiled
 def number_lanes(sizes: IntArray, lane: IntArray) -> None:
     """Fill `lane` with 0, 1, ... ``size - 1`` for each size in turn."""
     i = 0
@@ -114,7 +116,7 @@ def number_lanes(sizes: IntArray, lane: IntArray) -> None:
             i += 1
 
 
-@_compiled
+@compiled
 def cut_batches(
     codes: IntArray, fits: IntArray, multiple: int, stops: IntArray, ends: IntArray, longest: IntArray
 ) -> int:
@@ -154,7 +156,7 @@ def cut_batches(
     return count
 
 
-@_compiled
+@compiled
 def first_free(reserved: IntArray, num_lanes: int, lane: IntArray, begin: IntArray) -> None:
     """Give each sequence in turn to the lane that is free first, the lowest of several.
 
@@ -191,7 +193,7 @@ def first_free(reserved: IntArray, num_lanes: int, lane: IntArray, begin: IntArr
         heap[node] = top
 
 
-@_compiled
+@compiled
 def next_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArray) -> int:
     """Fill bins one after another, in the order the sequences come.
 
@@ -216,7 +218,7 @@ def next_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArra
     return count
 
 
-@_compiled
+@compiled
 def best_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArray) -> int:
     """Put each sequence into the fullest bin that still holds it, in the order they come.
 
@@ -268,7 +270,7 @@ def best_fit(lengths: IntArray, capacity: int, max_sequences: int, bins: IntArra
     return count
 
 
-@_compiled
+@compiled
 def _next_bit(word_bits: NDArray[np.uint64], summary: NDArray[np.uint64], start: int) -> int:
     """Return the smallest bit from `start` on that is set, or -1."""
     word = start >> 6
@@ -289,7 +291,7 @@ def _next_bit(word_bits: NDArray[np.uint64], summary: NDArray[np.uint64], start:
     return (word << 6) + _lowest_bit(word_bits[word])
 
 
-@_compiled
+@compiled
 def _lowest_bit(bits: np.uint64) -> int:
     """Return the position of the lowest bit of a word that is not 0."""
     position = 0
@@ -300,7 +302,7 @@ def _lowest_bit(bits: np.uint64) -> int:
     return position
 
 
-@_compiled
+@compiled
 def group_by(groups: IntArray, lengths: IntArray, ends: IntArray, order: IntArray, offset: IntArray) -> None:
     """Gather the members of each group, in the order they come, end to end.
 
@@ -324,7 +326,7 @@ def group_by(groups: IntArray, lengths: IntArray, ends: IntArray, order: IntArra
         room += lengths[order[i]]
 
 
-@_compiled
+@compiled
 def optimal_splits(values: IntArray, counts: IntArray, num_splits: int) -> IntArray:
     """Return the positions of the edges that give the fewest cells, by dynamic programming.
 

@@ -236,10 +236,18 @@ class Plan:
         history: History = (),
         cost: tuple[float, float] = (1.0, 0.0),
         tail: str = "split",
+        worst_first: bool = False,
     ) -> Schedule:
         """Return which batch each of `num_replicas` ranks runs at each step; see `shard`."""
-        key = (self.seed, self.epoch)
-        return schedule(self.costs(cost), num_replicas, history=history, tail=tail, shuffle=self.shuffle, key=key)
+        return schedule(
+            self.costs(cost),
+            num_replicas,
+            history=history,
+            tail=tail,
+            shuffle=self.shuffle,
+            key=(self.seed, self.epoch),
+            worst_first=worst_first,
+        )
 
     def shard(
         self,
@@ -249,6 +257,7 @@ class Plan:
         history: History = (),
         cost: tuple[float, float] = (1.0, 0.0),
         tail: str = "split",
+        worst_first: bool = False,
     ) -> "Plan":
         """Return the steps of one rank, as a plan: batch i is what the rank runs at its step i.
 
@@ -266,6 +275,8 @@ class Plan:
             tail: The left-over ``M mod W`` batches are one last step: ``"split"`` cuts them by lanes
                 (a rank without a lane gets one empty lane), ``"drop"`` lists them in ``dropped``. Parts of
                 a batch have fewer lanes: choose ``"drop"`` where shapes must stay the same.
+            worst_first: Begin the epoch with the step of the most expensive batch, so that running out
+                of memory shows at once. A carried plan keeps its order; its batches cost about the same.
 
         Raises:
             ValueError: a rank out of range, a history of another plan, or lanes that W does not
@@ -283,7 +294,7 @@ class Plan:
             raise ValueError(f"rank must be in 0..{num_replicas - 1} for num_replicas={num_replicas}, got {rank}")
         if self.carry:
             return self._shard_lanes(rank, num_replicas, history)
-        groups, left_over = self.schedule(num_replicas, history=history, cost=cost, tail=tail)
+        groups, left_over = self.schedule(num_replicas, history=history, cost=cost, tail=tail, worst_first=worst_first)
         batches, first, end = groups[:, rank], np.zeros(len(groups), np.int64), self.lanes[groups[:, rank]]
         dropped = self.dropped
         if len(left_over) and tail == "split":

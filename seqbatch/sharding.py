@@ -43,6 +43,7 @@ def schedule(
     tail: str = "split",
     shuffle: bool = True,
     key: tuple[int, ...] = (0, 0),
+    worst_first: bool = False,
 ) -> Schedule:
     """Order the batches that `history` has not taken into steps of `num_replicas` batches.
 
@@ -54,6 +55,8 @@ def schedule(
         tail: ``"split"`` or ``"drop"``: whether the left-over batches are one more step.
         shuffle: False keeps the batches in plan order, whatever they cost.
         key: (seed, epoch), which the random order depends on, as it does on `history`.
+        worst_first: Begin the epoch with the step of the most expensive batch, so that running out of
+            memory shows at once.
 
     Raises:
         ValueError: where `history` takes more steps than there are.
@@ -70,11 +73,11 @@ def schedule(
     remaining = np.arange(len(costs))
     done: list[tuple[int, int]] = []
     for phase in phases:
-        groups, left_over = _order(costs, remaining, phase[0], shuffle, key, done)
+        groups, left_over = _order(costs, remaining, phase[0], shuffle, key, done, worst_first)
         groups, left_over = _skip(groups, left_over, phase, tail)
         remaining = np.sort(np.concatenate([groups.ravel(), left_over]))
         done.append(phase)
-    groups, left_over = _order(costs, remaining, num_replicas, shuffle, key, done)
+    groups, left_over = _order(costs, remaining, num_replicas, shuffle, key, done, worst_first)
     return Schedule(*_skip(groups, left_over, (num_replicas, steps), tail))
 
 
@@ -106,12 +109,15 @@ def _order(
     shuffle: bool,
     key: tuple[int, ...],
     done: list[tuple[int, int]],
+    worst_first: bool,
 ) -> tuple[IntArray, IntArray]:
     """Cut `remaining` into groups of `num_replicas` batches and what is left over."""
     num_groups, num_left = divmod(len(remaining), num_replicas)
     if not shuffle:
         cut = num_groups * num_replicas
-        return remaining[:cut].reshape(num_groups, num_replicas), remaining[cut:]
+        return _first_the_worst(
+            remaining[:cut].reshape(num_groups, num_replicas), costs, worst_first and not done
+        ), remaining[cut:]
     words = random_bits(len(remaining) + num_groups + 1, *key, "ranks", repr((done, num_replicas)))
     ties, order_keys, place = words[: len(remaining)], words[len(remaining) : -1], words[-1]
     by_cost = remaining[np.lexsort((ties, _comparable(costs[remaining])))]
@@ -119,7 +125,16 @@ def _order(
     at = int(place % np.uint64(max(len(remaining), 1)))
     left = np.sort((at + np.arange(num_left)) % max(len(remaining), 1))
     groups = np.delete(by_cost, left).reshape(num_groups, num_replicas)
-    return groups[np.argsort(order_keys, kind="stable")], by_cost[left[::-1]]
+    groups = groups[np.argsort(order_keys, kind="stable")]
+    return _first_the_worst(groups, costs, worst_first and not done), by_cost[left[::-1]]
+
+
+def _first_the_worst(groups: IntArray, costs: NDArray[np.float64], wanted: bool) -> IntArray:
+    """Move the step with the most expensive batch to the front."""
+    if not wanted or not len(groups):
+        return groups
+    worst = int(np.argmax(_comparable(costs)[groups].max(axis=1)))
+    return np.concatenate([groups[worst : worst + 1], np.delete(groups, worst, axis=0)])
 
 
 def _comparable(costs: NDArray[np.float64]) -> IntArray:

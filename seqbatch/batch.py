@@ -1,0 +1,361 @@
+"""SequenceBatch: a batch of pieces as tensors, its masks and flags, and the way back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+from seqbatch.placement import LAYOUTS, Placement
+from seqbatch.strategy import check_choice
+
+__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "resets"]
+
+_FORMS = (*LAYOUTS, "packed", "nested")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SequenceBatch:
+    """What a loader yields: the tokens of a batch, and what a model and a loss need to know of them.
+
+    Shapes are those of ``layout="time_major"``, the default; ``"batch_first"`` swaps T and B. The layout
+    ``"flat"`` has the tokens of all pieces end to end, lane by lane: (S, ...) with `cu_seqlens`, and no
+    `mask` and `reset`, since it has no padding.
+
+    Attributes:
+        data: (T, B, ...) tokens, 0 (or the padding value) where there is none; a dict or tuple of such
+            tensors where the dataset's items are dicts or tuples.
+        mask: (T, B) bool, true on real tokens.
+        reset: (T, B) bool, true at the first step of every piece, except where it continues the sequence
+            that its lane held at the end of the batch before.
+        targets: (T, B, ...) the next token of the same sequence, -100 (0 if not integer) where
+            `loss_mask` is false; None without ``next_token``.
+        loss_mask: (T, B) bool: real tokens outside context and, with ``next_token``, but the last of a sequence.
+        per_sequence: What was declared to be one value a sequence, by name: stacked, one row a piece.
+        placement: Which tokens lie where, as numpy columns sorted by lane and step.
+        layout: ``"time_major"``, ``"batch_first"`` or ``"flat"``.
+
+    >>> batch = SequenceBatch.of_sequences([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
+    >>> batch.data.tolist(), batch.mask[2].tolist(), batch.lengths.tolist()
+    ([[1, 4], [2, 5], [3, 0]], [True, False], [3, 2])
+    >>> batch.to_layout("flat").data.tolist(), batch.cu_seqlens.tolist()
+    ([1, 2, 3, 4, 5], [0, 3, 5])
+    """
+
+    data: Any
+    placement: Placement
+    loss_mask: Tensor
+    mask: Tensor | None = None
+    reset: Tensor | None = None
+    targets: Tensor | None = None
+    per_sequence: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "time_major"
+
+    @staticmethod
+    def of_sequences(sequences: list[Any], **options: Any) -> "SequenceBatch":
+        """Return the zero-padded batch of whole sequences; `options` as of :class:`~seqbatch.PadCollate`."""
+        from seqbatch.collators import PadCollate
+
+        return PadCollate(**options)(sequences)  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        grid = " x ".join(map(str, self.placement.shape(self.layout)))
+        return (
+            f"<SequenceBatch {self.layout} {grid}, {len(self.placement.length)} pieces, {self.placement.tokens} tokens>"
+        )
+
+    # What the plan says of the batch.
+
+    @property
+    def position(self) -> Mapping[str, Any] | None:
+        """The state to resume from after this batch; see :meth:`seqbatch.loader.PlanLoader.state_dict`."""
+        return self.placement.position
+
+    @property
+    def loss_tokens(self) -> int:
+        """``loss_mask.sum()``, known from the plan."""
+        return self.placement.loss_tokens
+
+    @property
+    def step_loss_tokens(self) -> int:
+        """`loss_tokens` of the whole optimizer step: over all ranks and accumulated micro-steps."""
+        return self.placement.step_loss_tokens
+
+    @property
+    def loss_scale(self) -> float:
+        """What to multiply the *sum* of the losses of this batch's tokens by.
+
+        Where ranks average gradients (DDP) and micro-steps add them, the step then equals one big batch
+        with the mean loss over its tokens: ``num_replicas / step_loss_tokens``.
+        """
+        return self.placement.num_replicas / max(self.placement.step_loss_tokens, 1)
+
+    @property
+    def update(self) -> bool:
+        """Whether an optimizer step ends here: always, without ``accumulation``."""
+        return self.placement.update
+
+    # What lies where, as tensors on the device of the data.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch's tensors are."""
+        return self.loss_mask.device
+
+    def _tensor(self, column: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(column)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """(S,) int64, the cell of every real token in the layout flattened to rows: ``data.flatten(0, 1)[cells]``."""
+        return self._tensor(self.placement.cells(self.layout))
+
+    def _spread(self, per_piece: NDArray[np.int64], slope: int, empty: int) -> Tensor:
+        """A number for each token - its piece's, rising by `slope` a step - on the grid."""
+        out = np.full(self.placement.shape(self.layout), empty, np.int64)
+        length, begin = self.placement.length, self.placement.cu_seqlens[:-1]
+        values = np.repeat(per_piece - slope * begin, length) + slope * np.arange(self.placement.tokens)
+        out.reshape(-1)[self.placement.cells(self.layout)] = values
+        return self._tensor(out)
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """(T, B) int64, the dataset's index of the sequence a token is of; -1 on padding."""
+        return self._spread(self.placement.sequence, 0, -1)
+
+    @cached_property
+    def segment_ids(self) -> Tensor:
+        """(T, B) int64, the number of the piece within the batch; -1 on padding."""
+        return self._spread(np.arange(len(self.placement.length)), 0, -1)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(T, B) int64, steps since the last reset - the true position in a piece that continues; 0 on padding."""
+        return self._spread(np.where(self.placement.continues, self.placement.start, 0), 1, 0)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(P + 1,) int32, where pieces begin in the flat layout, for kernels that take several sequences end to end."""
+        return self._tensor(self.placement.cu_seqlens.astype(np.int32))
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest piece."""
+        return int(self.placement.length.max(initial=0))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, on the CPU: real steps of each lane, where no lane holds two pieces.
+
+        Raises:
+            ValueError: a lane holds several pieces.
+        """
+        if not self.placement.single:
+            raise ValueError(
+                "lengths are those of lanes with one piece from step 0 on, and a lane of this batch holds several, as "
+                "splicing and packing make them: use reset and mask, or cu_seqlens"
+            )
+        lengths = np.zeros(self.placement.lanes, np.int64)
+        lengths[self.placement.lane] = self.placement.length
+        return torch.from_numpy(lengths)
+
+    # Moving.
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SequenceBatch":
+        """Return the batch on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SequenceBatch":
+        """Return the batch in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SequenceBatch":
+        names = ("data", "mask", "reset", "targets", "loss_mask", "per_sequence")
+        return replace(self, **{name: map_tensors(function, getattr(self, name)) for name in names})
+
+    # Other forms of the same tokens.
+
+    def flatten(self, values: Tensor | PackedSequence) -> Tensor:
+        """Return (S, ...): the rows of real tokens of `values`, piece by piece.
+
+        Args:
+            values: One row for each cell in the batch's layout, or for each token as a ``PackedSequence`` or
+                nested tensor of the pieces. Gradients flow back.
+        """
+        if isinstance(values, PackedSequence):
+            return torch.cat(unpack_sequence(values))
+        if values.is_nested:
+            return values.values()
+        shape = self.placement.shape(self.layout)
+        if values.shape[: len(shape)] != shape:
+            raise ValueError(f"values have shape {tuple(values.shape)}, but the {self.layout} batch has {shape} cells")
+        return values if self.layout == "flat" else values.flatten(0, 1)[self.cells]
+
+    def convert(
+        self, values: Tensor | PackedSequence, form: str, *, padding_value: float = 0
+    ) -> Tensor | PackedSequence:
+        """Bring per-token values - the data, or a model's output - into another form.
+
+        Args:
+            values: As for `flatten`.
+            form: ``"time_major"``, ``"batch_first"``, ``"flat"``; or, of the pieces in order of lane and step,
+                ``"packed"`` (``PackedSequence``) or ``"nested"`` (jagged nested tensor).
+            padding_value: What cells without a token get.
+
+        >>> batch = SequenceBatch.of_sequences([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
+        >>> batch.convert(batch.data, "packed").batch_sizes.tolist()
+        [2, 2, 1]
+        >>> batch.convert(batch.convert(batch.data, "nested"), "batch_first").tolist()
+        [[1, 2, 3], [4, 5, 0]]
+        """
+        check_choice("form", form, _FORMS)
+        flat = self.flatten(values)
+        if form == "flat":
+            return flat
+        if form == "packed":
+            return pack_sequence(list(torch.split(flat, self.placement.length.tolist())), enforce_sorted=False)
+        if form == "nested":
+            offsets = self._tensor(self.placement.cu_seqlens)
+            return torch.nested.nested_tensor_from_jagged(flat, offsets)
+        shape = self.placement.shape(form)
+        cells = self._tensor(self.placement.cells(form))
+        out = flat.new_full((shape[0] * shape[1], *flat.shape[1:]), padding_value)
+        return out.index_copy(0, cells, flat).view(*shape, *flat.shape[1:])
+
+    def to_layout(self, layout: str) -> "SequenceBatch":
+        """Return the same batch in another layout; `data` is padded with 0, `targets` with -100."""
+        check_choice("layout", layout, LAYOUTS)
+
+        def move(values: Tensor) -> Tensor:
+            return self.convert(values, layout)  # type: ignore[return-value]
+
+        real: Any = torch.ones(self.placement.tokens, dtype=torch.bool, device=self.device)
+        flat: Any = replace(self, layout="flat")
+        targets = self.targets
+        if targets is not None:
+            targets = self.convert(targets, layout, padding_value=ignored(targets))  # type: ignore[assignment]
+        return replace(
+            self,
+            data=map_tensors(move, self.data),
+            targets=targets,
+            loss_mask=move(self.loss_mask),
+            mask=None if layout == "flat" else flat.convert(real, layout),
+            reset=None if layout == "flat" else self._tensor(resets(self.placement, layout)),
+            layout=layout,
+        )
+
+    def unbatch(self, values: Any = None) -> list[Any]:
+        """Return the pieces, in the order of `placement`: the exact inverse of batching.
+
+        Args:
+            values: Per-token values in any form that `flatten` takes, or a dict or tuple of them; the batch's
+                data by default.
+
+        Returns:
+            One (length, ...) tensor for each piece, or one dict or tuple of tensors.
+        """
+        values = self.data if values is None else values
+        if isinstance(values, Tensor | PackedSequence):
+            return list(torch.split(self.flatten(values), self.placement.length.tolist()))
+        if isinstance(values, Mapping):
+            parts = {name: self.unbatch(value) for name, value in values.items()}
+            return [{name: part[i] for name, part in parts.items()} for i in range(len(self.placement.length))]
+        return list(zip(*(self.unbatch(value) for value in values), strict=True))
+
+    # Carried state.
+
+    def carry_in(self, state: Any) -> Any:
+        """Return the state to start from: `state` without its graph, or None where the plan does not carry."""
+        return detach_state(state) if self.placement.carry else None
+
+    def to_segments(self, state: Any) -> Any:
+        """Return the initial state of every piece, for a call with `cu_seqlens`: (..., B, H) becomes (..., P, H).
+
+        A piece that continues gets its lane's state, every other one zeros.
+        """
+        lane, goes_on = self._tensor(self.placement.lane), self._tensor(self.placement.continues)[:, None]
+        return map_tensors(
+            lambda t: torch.where(goes_on, t.index_select(-2, lane), torch.zeros_like(t[..., :1, :])), state
+        )
+
+    def to_lanes(self, state: Any) -> Any:
+        """Return the state in which every lane ends: (..., P, H) becomes (..., B, H), zeros in empty lanes."""
+        last = np.append(np.diff(self.placement.lane) != 0, True)[: len(self.placement.lane)]
+        pieces, lanes = self._tensor(np.flatnonzero(last)), self._tensor(self.placement.lane[last])
+
+        def gather(tensor: Tensor) -> Tensor:
+            out = tensor.new_zeros(*tensor.shape[:-2], self.placement.lanes, tensor.shape[-1])
+            return out.index_copy(-2, lanes, tensor.index_select(-2, pieces))
+
+        return map_tensors(gather, state)
+
+    # Attention that stays inside pieces.
+
+    def attention_mask(self, *, causal: bool = False) -> Tensor:
+        """Return (B, 1, T, T) bool for ``scaled_dot_product_attention``: true where a token may look.
+
+        Tokens see their own piece - with `causal` no later token of it - and padding sees padding, so that
+        no row is empty (a softmax over nothing is NaN). The flat layout is one row: (1, 1, S, S).
+        """
+        ids = self._rows(self.segment_ids)
+        allowed = ids[:, :, None] == ids[:, None, :]
+        return (allowed.tril() if causal else allowed)[:, None]
+
+    def mask_mod(self, *, causal: bool = False) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Return the ``mask_mod`` for FlexAttention's ``create_block_mask``: `attention_mask` without its T by T."""
+        ids = self._rows(self.segment_ids)
+
+        def within_piece(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same = ids[b, query] == ids[b, key]
+            return same & (query >= key) if causal else same
+
+        return within_piece
+
+    def _rows(self, grid: Tensor) -> Tensor:
+        if self.layout == "flat":
+            return grid[None]
+        return grid.t() if self.layout == "time_major" else grid
+
+
+def resets(placement: Placement, layout: str) -> NDArray[np.bool_]:
+    """Return (T, B) or (B, T): true where a piece begins and does not continue its lane's last one."""
+    out = np.zeros(placement.shape(layout), np.bool_)
+    some = placement.length > 0
+    out.reshape(-1)[placement.first(layout)[0][some]] = ~placement.continues[some]
+    return out
+
+
+def ignored(values: Tensor) -> int:
+    """Return what a target that does not count holds: the default ``ignore_index`` of ``cross_entropy``."""
+    return 0 if values.is_floating_point() or values.dtype in (torch.bool, torch.uint8) else -100
+
+
+def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """Apply `function` to every tensor in nested dicts, tuples and lists; leave everything else as it is.
+
+    >>> map_tensors(lambda t: t + 1, {"a": torch.tensor(1), "b": [torch.tensor(2), "x"]})
+    {'a': tensor(2), 'b': [tensor(3), 'x']}
+    """
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        return {name: map_tensors(function, value) for name, value in values.items()}
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(map_tensors(function, value) for value in values))
+    if isinstance(values, list | tuple):
+        return type(values)(map_tensors(function, value) for value in values)
+    return values
+
+
+def detach_state(state: Any) -> Any:
+    """Return `state` - None, a tensor, or any nest of tensors such as ``(h, c)`` - without its graph.
+
+    >>> detach_state((torch.ones(1, requires_grad=True),))[0].requires_grad
+    False
+    """
+    return map_tensors(Tensor.detach, state)

@@ -1,0 +1,40 @@
+"""The loop that lays tokens on a grid, compiled by numba on first use."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqbatch.kernels import compiled
+from seqbatch.ordering import IntArray
+
+__all__ = ["fill"]
+
+
+@compiled
+def fill(
+    tokens: NDArray[Any],
+    source: IntArray,
+    count: IntArray,
+    first: IntArray,
+    stride: int,
+    out: NDArray[Any],
+    mask: NDArray[np.bool_],
+) -> None:
+    """Copy ``tokens[source[p] + i]`` to ``out[first[p] + i * stride]`` for i below ``count[p]``, and mark the cells.
+
+    Args:
+        tokens: (S,) what to read.
+        source: (P,) the first token of each piece.
+        count: (P,) its tokens.
+        first: (P,) the cell of its first token.
+        stride: Cells from a token to the next one.
+        out: (cells,) changed in place.
+        mask: (cells,) set true where a token was written.
+    """
+    for p in range(len(source)):
+        at = first[p]
+        for i in range(source[p], source[p] + count[p]):
+            out[at] = tokens[i]
+            mask[at] = True
+            at += stride

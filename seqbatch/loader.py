@@ -1,0 +1,204 @@
+"""make_loader: a dataset and a strategy in, a torch DataLoader of :class:`SequenceBatch` out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader
+
+from seqbatch.collating import collate
+from seqbatch.datasets import PieceDataset
+from seqbatch.measuring import dataset_lengths
+from seqbatch.placement import LAYOUTS
+from seqbatch.plan import Plan
+from seqbatch.ranks import scatter_lanes
+from seqbatch.sampler import PlanBatchSampler
+from seqbatch.strategy import Strategy, check_choice
+
+__all__ = ["PlanLoader", "make_loader"]
+
+_OURS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
+
+
+class PlanLoader(DataLoader[Any]):
+    """The ``DataLoader`` that :func:`make_loader` makes: epochs that move on by themselves, and exact resume.
+
+    An iteration that ran to its end moves to the next epoch; `set_epoch` goes to any other.
+    """
+
+    batch_sampler: PlanBatchSampler
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the present epoch, of all ranks."""
+        return self.batch_sampler.plan
+
+    @property
+    def epoch(self) -> int:
+        """The present epoch: that of the next iteration."""
+        return self.batch_sampler.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`; no move if it is the present one, which may have been resumed inside."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch = self.epoch
+        yield from super().__iter__()
+        if self.epoch == epoch:
+            self.set_epoch(epoch + 1)
+
+    def state_dict(self, after: Any, *, lanes: Any = None) -> dict[str, Any]:
+        """Return the state to resume from, after the batch that was trained on last.
+
+        Args:
+            after: That batch. It knows its own place, so whatever reads ahead does no harm.
+            lanes: For a plan that carries state: the recurrent state after the batch, of all lanes
+                (:func:`seqbatch.gather_lanes` where there are several ranks).
+
+        Returns:
+            Under 1 KB, and the lanes. Equal on all ranks.
+        """
+        state = self.batch_sampler.state_dict(after=after)
+        return state if lanes is None else state | {"lanes": lanes}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> Any:
+        """Go on after the batch that `state` was taken after, with any number of workers and ranks.
+
+        Args:
+            state: From `state_dict`.
+            reset_lanes: Start all lanes of a carried plan anew, where the state has no lanes.
+
+        Returns:
+            The recurrent state of this rank's lanes, to be given to the next ``batch.carry_in``, or None.
+
+        Raises:
+            ValueError: see :meth:`seqbatch.PlanBatchSampler.load_state_dict`.
+        """
+        sampler = self.batch_sampler
+        sampler.load_state_dict(state, reset_lanes=reset_lanes)
+        lanes = state.get("lanes")
+        if lanes is None or reset_lanes or not len(sampler) or len(sampler.ranks) > 1:
+            return None if len(sampler.ranks) == 1 or reset_lanes else lanes
+        return scatter_lanes(lanes, sampler.ranks[0], sampler.num_replicas)
+
+
+def make_loader(
+    dataset: Any,
+    strategy: Strategy,
+    *,
+    lengths: ArrayLike | str | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    train: bool = True,
+    rank: int | Literal["all"] | None = None,
+    num_replicas: int | None = None,
+    mesh: Any = None,
+    layout: str = "time_major",
+    next_token: bool | str | int = False,
+    fields: Sequence[str | int] | None = None,
+    per_sequence: Sequence[str | int] = (),
+    padding_value: float | Mapping[Any, float] = 0,
+    as_dict: bool = False,
+    accumulation: int = 1,
+    cost: tuple[float, float] = (1.0, 0.0),
+    tail: str = "split",
+    worst_first: bool = False,
+    lengths_cache: Any = None,
+    num_workers: int = 0,
+    **options: Any,
+) -> PlanLoader:
+    """Return a ``DataLoader`` that runs the strategy's plan over `dataset`, one plan an epoch.
+
+    Args:
+        dataset: Map-style; :class:`~seqbatch.TokenArray` is the fast path. Items are token tensors, arrays or lists
+            (T_i, ...), or dicts or tuples of such fields.
+        strategy: How to batch.
+        lengths: (N,) tokens of each sequence; a text names a column of a Hugging Face dataset that holds them.
+            By default the dataset's own ``lengths``, else they are measured, see `lengths_cache`.
+        seed: With the epoch decides every random choice.
+        epoch: The first epoch.
+        train: False for evaluation: dataset order, nothing dropped, nothing repeated; see :func:`~seqbatch.stitch`.
+        rank: See :class:`~seqbatch.PlanBatchSampler`, as for `num_replicas`, `mesh`, `accumulation`, `cost`, `tail`
+            and `worst_first`.
+        num_replicas: Ranks.
+        mesh: A ``DeviceMesh``.
+        layout: ``"time_major"`` (T, B, ...), ``"batch_first"`` (B, T, ...) or ``"flat"`` (S, ...) with
+            ``batch.cu_seqlens``.
+        next_token: Make ``batch.targets``, the next token of the same sequence; a text or number names the field.
+        fields: The per-token fields of the items to use; by default all that are not in `per_sequence`.
+        per_sequence: Fields with one value a sequence, such as a label: in ``batch.per_sequence``.
+        padding_value: What cells without a token hold, or a dict by field (``labels`` get -100).
+        as_dict: Yield the keyword arguments of Hugging Face models; see :func:`~seqbatch.collating.as_model_inputs`.
+        accumulation: Micro-steps of an optimizer step.
+        cost: What balances the ranks.
+        tail: What becomes of batches that fill no whole step.
+        worst_first: Begin with the most expensive step.
+        lengths_cache: A file to keep measured lengths in; see :func:`~seqbatch.measuring.dataset_lengths`.
+        num_workers: As for ``DataLoader``. A ``TokenArray`` is fastest with 0.
+        **options: Further options of ``DataLoader``: ``pin_memory``, ``persistent_workers``, ...
+
+    Raises:
+        TypeError, ValueError: settings of the wrong type or range, lengths that are not those of the dataset.
+
+    >>> import seqbatch
+    >>> data = seqbatch.TokenArray.of_sequences([[1, 2, 3], [4, 5], [6]])
+    >>> loader = make_loader(data, seqbatch.Padding(2, shuffle=False), next_token=True)
+    >>> [batch.targets.tolist() for batch in loader]
+    [[[2, 5], [3, -100], [-100, -100]], [[-100]]]
+    """
+    wrong = [name for name in options if name in _OURS]
+    if wrong:
+        raise ValueError(f"the strategy decides {', '.join(wrong)}: leave it out, and say it in {strategy!r}")
+    check_choice("layout", layout, LAYOUTS)
+    if lengths is None or isinstance(lengths, str):
+        lengths = dataset_lengths(dataset, lengths, fields=fields, num_workers=num_workers, cache=lengths_cache)
+    sampler = PlanBatchSampler(
+        strategy if train else _in_order(strategy),
+        lengths,
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        num_replicas=num_replicas,
+        mesh=mesh,
+        next_token=next_token is not False,
+        accumulation=accumulation,
+        cost=cost,
+        tail=tail,
+        worst_first=worst_first,
+    )
+    if len(sampler.lengths) != len(dataset):
+        raise ValueError(f"there are {len(sampler.lengths)} lengths for a dataset of {len(dataset)} sequences")
+    if not train:
+        _check_whole(sampler)
+    target = None if isinstance(next_token, bool) else next_token
+    return PlanLoader(
+        PieceDataset(dataset, fields=fields, per_sequence=per_sequence, target=target),
+        batch_sampler=sampler,
+        collate_fn=partial(collate, layout=layout, padding_value=padding_value, as_dict=as_dict),
+        num_workers=num_workers,
+        **options,
+    )
+
+
+def _in_order(strategy: Strategy) -> Strategy:
+    """The same strategy without chance, and without leaving anything out."""
+    if not isinstance(strategy, Strategy):
+        return strategy
+    settings = {"shuffle": False, "drop_last": False}
+    return replace(strategy, **{f.name: settings[f.name] for f in dataclass_fields(strategy) if f.name in settings})
+
+
+def _check_whole(sampler: PlanBatchSampler) -> None:
+    left_out = sampler.plan.dropped[sampler.plan.dropped["reason"] != "empty"]
+    advice = 'choose overlong="split" or "alone", and tail="split"'
+    if len(left_out):
+        raise ValueError(
+            f"train=False leaves nothing out, but {sampler.strategy!r} drops {len(left_out)} pieces, the first of "
+            f"sequence {left_out['sequence'][0]}: {advice}"
+        )
+    if sampler.tail == "drop":
+        raise ValueError(f'train=False leaves nothing out, but tail="drop" does: {advice}')
