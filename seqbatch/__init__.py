@@ -81,6 +81,8 @@ else:
     def __getattr__(name: str) -> object:
         if name in _HOME:
             return getattr(import_module(f"seqbatch.{_HOME[name]}"), name)
+        if name == "rnn":
+            return import_module("seqbatch.rnn")
         raise AttributeError(f"module 'seqbatch' has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -211,7 +211,8 @@ class PlanBatchSampler(Sampler[PieceIndices]):
                     f"{self.plan.digest[:32]}: the same lengths and settings give another plan, so the planning code "
                     "differs; resume with the version that wrote it"
                 )
-            inside = self.plan.carry and history and len(self) > 0
+            left = len(self)  # finds a history that this plan cannot have had
+            inside = self.plan.carry and bool(history) and left > 0
             if inside and not reset_lanes and state.get("lanes") is None:
                 raise ValueError(
                     "a carried plan goes on in the middle of sequences, so the recurrent state must come along: save "
