@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := padding,token_budget,static_shapes,splicing,chunking,packing
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-slow lint bench gpu clean
 
 demo: $(VENV)/demo.installed
 	@mkdir -p report
@@ -16,6 +16,9 @@ demo: $(VENV)/demo.installed
 
 test: $(VENV)/test.installed lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

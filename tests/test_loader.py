@@ -58,7 +58,7 @@ def lanes_for(name: str) -> dict[str, object]:
     return {"lanes": torch.arange(count)[None, :, None]} if name in CARRIED else {}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 3), (3, 8), (8, 1), (3, 3)])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_resume_at_every_step(name: str, before: int, after: int, num_workers: int) -> None:

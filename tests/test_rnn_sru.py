@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 from seqbatch.rnn import SRU, SRULayer, reference
+from seqbatch.rnn.ops import sru_scan
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LENGTHS = [4, 1, 3, 2, 6]
@@ -340,3 +341,86 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SRU(**{"input_size": 6, "hidden_size": 6} | settings)
+
+
+def test_layers_are_called_as_modules() -> None:
+    """Hooks, weight norm and wrappers around a layer of a stack work."""
+    rnn, seen = SRU(3, 4, num_layers=2), []
+    rnn.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape))
+    x = torch.randn(5, 2, 3)
+    before = rnn(x)[0]
+    torch.nn.utils.parametrizations.weight_norm(rnn.layers[0], "weight")
+    assert seen == [(5, 2, 4)]
+    torch.testing.assert_close(rnn(x)[0], before)
+    with torch.no_grad():
+        rnn.layers[0].parametrizations.weight.original0.mul_(3)
+    assert not torch.allclose(rnn(x)[0], before)
+
+
+def test_ensembles_by_vmap() -> None:
+    """stack_module_state, vmap, backward: the gradients of each model by itself."""
+    from torch.func import functional_call, stack_module_state
+
+    torch.manual_seed(0)
+    models, x = [SRU(4, 4).double() for _ in range(3)], torch.randn(5, 2, 4, dtype=torch.float64)
+    parameters, buffers = stack_module_state(models)
+    outputs = torch.vmap(lambda p, b: functional_call(models[0], (p, b), (x,))[0])(parameters, buffers)
+    outputs.square().sum().backward()
+    for i, model in enumerate(models):
+        expected = torch.autograd.grad(model(x)[0].square().sum(), list(model.parameters()))
+        for (name, _), wanted in zip(model.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(parameters[name].grad[i], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch itself, on first use of duals
+def test_derivatives_that_are_not_there_are_errors() -> None:
+    """Forward mode would silently be 0, and a dropout mask has no gradient."""
+    u, zero = torch.randn(5, 2, 3, 4), torch.zeros(2, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(u, u)
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            sru_scan(dual, None, None, None, zero)
+    with pytest.raises(ValueError, match="dropout is a mask"):
+        sru_scan(u, None, None, None, zero, dropout=torch.ones(2, 4, requires_grad=True))
+
+
+def test_dropout_is_checked_and_may_change() -> None:
+    """One layer has nowhere to drop; a stack takes a new probability at any time."""
+    with pytest.warns(UserWarning, match="there is one"):
+        SRU(3, 4, dropout=0.5)
+    with pytest.raises(ValueError, match="probability"):
+        SRU(3, 4, dropout=2.0)
+    rnn = SRU(3, 4, num_layers=2)
+    x = torch.randn(5, 2, 3)
+    rnn.dropout = 0.5
+    assert not torch.equal(rnn(x)[0], rnn(x)[0])
+    assert [layer.dropout for layer in rnn.layers] == [0.5, 0.0]
+
+
+def test_scale_of_a_projected_highway_in_v1() -> None:
+    """rescale is in the weights there, as in v2."""
+    torch.manual_seed(0)
+    plain = SRULayer(3, 4, version="v1")
+    torch.manual_seed(0)
+    scaled = SRULayer(3, 4, version="v1", rescale=True)
+    torch.testing.assert_close(scaled.weight[12:], plain.weight[12:] * 3**0.5)
+    assert torch.equal(scaled.weight[:12], plain.weight[:12])
+    assert SRULayer(4, 4, rescale=0.0).scale == 0.0
+
+
+def test_meta_device_and_forms_of_a_layer() -> None:
+    """Shapes without data; a layer takes packed and unbatched input as the stack does."""
+    assert SRU(3, 4, device="meta")(torch.zeros(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
+    layer, x = SRULayer(3, 4), torch.randn(5, 2, 3)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
+    mask = torch.arange(5)[:, None] < torch.tensor([5, 3])
+    output, _ = torch.nn.utils.rnn.pad_packed_sequence(layer(packed)[0])
+    torch.testing.assert_close(output, layer(x, mask=mask)[0])
+
+
+def test_closed_gates_hold_beside_any_input() -> None:
+    """c is kept to the bit where f is 1, however large z is."""
+    u = torch.zeros(50, 1, 3, 8)
+    u[:, :, 0], u[:, :, 1] = 1e5, 80.0
+    c = torch.full((1, 8), 1e-3)
+    assert torch.equal(sru_scan(u, None, None, None, c)[1], c)

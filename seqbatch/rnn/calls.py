@@ -67,11 +67,11 @@ class Call:
         batched = given.dim() == 3
         if cu_seqlens is None:
             lane = 0 if batch_first else 1
+            check_flags(given, reset, mask, None)
             if not batched:
                 given = given.unsqueeze(lane)
                 reset = None if reset is None else reset.unsqueeze(lane)
                 mask = None if mask is None else mask.unsqueeze(lane)
-            check_flags(given, reset, mask, None)
             if batch_first:
                 given = given.transpose(0, 1)
                 reset = None if reset is None else reset.transpose(0, 1)
@@ -87,6 +87,13 @@ class Call:
         """Number of states: lanes, or sequences of the flat form."""
         return self.rows.shape[1] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of stock kernels' results: the rows', or autocast's."""
+        kind, dtype = self.rows.device.type, self.rows.dtype
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if enabled and dtype != torch.float64 else dtype
+
     def state(self, name: str, given: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """A state that the caller gave, as (layers * directions, lanes, width), checked.
 
@@ -100,7 +107,7 @@ class Call:
             raise TypeError(f"{name} must be a tensor of shape {expected}, got {type(given).__name__}")
         if given.shape != expected:
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(given.shape)}")
-        if given.dtype not in (dtype, self.rows.dtype):
+        if given.dtype not in (dtype, self.rows.dtype, self.result_dtype):
             raise ValueError(f"{name} must have dtype {dtype}, got {given.dtype}; convert it: {name}.to({dtype})")
         if given.device != self.rows.device:
             raise RuntimeError(f"{name} must be on the input's device, {self.rows.device}, got {given.device}")
@@ -113,10 +120,11 @@ class Call:
     def close(self, output: Tensor) -> Tensor | PackedSequence:
         """Bring the layer's output into the form of its input."""
         if self.packed is not None and self.lengths is not None:
-            again = pack_padded_sequence(output, self.lengths, enforce_sorted=self.packed.sorted_indices is None)
-            return PackedSequence(
-                again.data, self.packed.batch_sizes, self.packed.sorted_indices, self.packed.unsorted_indices
-            )
+            order, lengths = self.packed.sorted_indices, self.lengths
+            if order is not None:  # the caller's own order: lanes of equal length may be sorted in several ways
+                output, lengths = output.index_select(1, order), lengths[order.cpu()]
+            again = pack_padded_sequence(output, lengths)
+            return PackedSequence(again.data, self.packed.batch_sizes, order, self.packed.unsorted_indices)
         if self.cu_seqlens is not None:
             return output
         if self.batch_first:
@@ -142,8 +150,9 @@ def _check_rows(name: str, given: Tensor, weight: Tensor, input_size: int, cu_se
             f"{name}: input and parameters must be on one device, got input on {given.device} and parameters on "
             f"{weight.device}; move one: module.to({str(given.device)!r})"
         )
-    autocast = torch.is_autocast_enabled(given.device.type) and given.is_floating_point()
-    if given.dtype != weight.dtype and not autocast:
+    kind = given.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and given.is_floating_point()
+    if given.dtype != weight.dtype and not (autocast and torch.float64 not in (given.dtype, weight.dtype)):
         raise ValueError(
             f"{name}: input must have the parameters' dtype, {weight.dtype}, got {given.dtype}; "
             f"convert it: input.to({weight.dtype})"

@@ -66,6 +66,8 @@ def check_scan(scan: Scan) -> None:
     _check_shape("bias", scan.bias, (2, columns), u)
     _check_shape("initial", scan.initial, (lanes, columns), u)
     _check_shape("dropout", scan.dropout, (lanes, columns), u)
+    if scan.dropout is not None and scan.dropout.requires_grad:
+        raise ValueError("dropout is a mask, which no gradient flows to: pass dropout.detach()")
 
 
 def check_flags(rows: Tensor, reset: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -76,6 +78,9 @@ def check_flags(rows: Tensor, reset: Tensor | None, mask: Tensor | None, cu_seql
         ...
     RuntimeError: reset must have shape (5, 2), one flag for each step and lane, got (2, 5)
     """
+    for name, given in (("reset", reset), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}: torch.as_tensor({name})")
     if cu_seqlens is not None:
         if reset is not None or mask is not None:
             raise ValueError(
@@ -91,10 +96,10 @@ def check_flags(rows: Tensor, reset: Tensor | None, mask: Tensor | None, cu_seql
         if flags is not None:
             if flags.dtype != torch.bool:
                 raise ValueError(f"{name} must be bool, got {flags.dtype}; convert it: {name}.bool()")
-            if flags.shape != rows.shape[:2]:
+            shape = rows.shape[:-1][:2]
+            if flags.shape != shape:
                 raise RuntimeError(
-                    f"{name} must have shape {tuple(rows.shape[:2])}, one flag for each step and lane, "
-                    f"got {tuple(flags.shape)}"
+                    f"{name} must have shape {tuple(shape)}, one flag for each step and lane, got {tuple(flags.shape)}"
                 )
             _check_device(name, flags, rows)
 

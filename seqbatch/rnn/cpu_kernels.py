@@ -153,7 +153,7 @@ def forward(
             _gate(f, u[row, 1, lo:hi], bias[0, lo:hi], v_f, carry, peephole)
             _gate(r, u[row, 2, lo:hi], bias[1, lo:hi], v_r, carry, peephole)
             for j in range(hi - lo):
-                carry[j] = (carry[j] - z[j]) * f[j] + z[j]
+                carry[j] = carry[j] * f[j] + (one - f[j]) * z[j]
             if len(c):
                 c[row, lo:hi] = carry
             if kind > 0:

@@ -5,6 +5,7 @@ becomes steps that hold c (:mod:`seqbatch.rnn.flush`), so that cuDNN and oneDNN 
 What they cannot express takes the reference path, a loop over steps, and says so.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -24,7 +25,7 @@ State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
 _SEGMENTS = 4  # pieces of time, each up to where another quarter of the lanes ends
-_CLOSED = 1e4  # sigmoid(-1e4) is 0 and sigmoid(1e4) is 1 in every dtype; float16 can hold it
+_CLOSED = 1e4  # closes gates exactly while |bias + W_hh h| stays below about 9,900; float16 can hold it
 
 
 class SlowPathWarning(UserWarning):
@@ -35,8 +36,10 @@ class LSTM(nn.LSTM):
     """``torch.nn.LSTM``: its constructor, shapes, parameters and state dict; its forward takes flags too.
 
     Without flags a call is ``torch.nn.LSTM``'s. The cost of resets is the inserted steps, as many as the
-    largest number of resets after step 0 in any lane, and one wait for the device to know that number.
-    ``cu_seqlens`` and ``PackedSequence`` run as padded lanes.
+    largest number of resets after step 0 in any lane, and a few waits for the device: for that number, and
+    to see that all is finite. ``cu_seqlens`` and ``PackedSequence`` run as padded lanes. A NaN in the data stays
+    in its piece; a NaN in the *gradient* of an output reaches the pieces before it in the lane, since the stock
+    backward multiplies by 0.
 
     >>> rnn = LSTM(3, 4, bidirectional=True)
     >>> reset = torch.zeros(5, 2, dtype=torch.bool)
@@ -62,13 +65,15 @@ class LSTM(nn.LSTM):
                 (T, input_size) or a PackedSequence; or flat (S, input_size) with cu_seqlens.
             hx: (h, c), each (num_layers * directions, B, size), the state before the first step; N in place
                 of B with cu_seqlens. None: 0. float32 states are converted to the layer's dtype.
-            reset: (T, B) bool, true at the first step of every piece: the state is cleared before it, in
-                the reverse direction after it.
-            mask: (T, B) bool, true on real tokens: elsewhere the state is held and the output is 0.
+            reset: (T, B) bool - (B, T) with batch_first, (T,) unbatched -, true at the first step of every
+                piece: the state is cleared before it, in the reverse direction after it (at step 0 too late
+                to change the state that the reverse direction returns).
+            mask: Of the same shape, true on real tokens: elsewhere the state is held and the output is 0.
             cu_seqlens: (N + 1,) int32, from 0 to S: the sequences of a flat input.
 
         Returns:
-            The output and (h, c) after the last step, as ``torch.nn.LSTM`` returns them, in its dtype.
+            The output and (h, c) after the last step, as ``torch.nn.LSTM`` returns them, in its dtype (under
+            autocast in autocast's).
 
         Raises:
             RuntimeError: Sizes or devices do not fit.
@@ -78,8 +83,10 @@ class LSTM(nn.LSTM):
             SlowPathWarning: Padding stands between real steps of one piece, or before the reverse
                 direction's start while that has an initial h.
         """
-        if reset is None and mask is None and cu_seqlens is None and not isinstance(input, PackedSequence):
-            return super().forward(input, hx)
+        # Of packed lanes an initial h of the reverse direction is what only the stock kernels can start from.
+        stock = not isinstance(input, PackedSequence) or (self.bidirectional and hx is not None)
+        if stock and reset is None and mask is None and cu_seqlens is None:
+            return super().forward(input, self._as_rows(input, hx))
         call = Call.of(
             "LSTM",
             input,
@@ -95,7 +102,15 @@ class LSTM(nn.LSTM):
             output, state = self._run_flat(call.rows, cu_seqlens, state)
         else:
             output, state = self._run(call.rows, call.reset, call.mask, state)
-        return call.close(output), (call.close_state(state[0]), call.close_state(state[1]))
+        output, h, c = (x.to(call.result_dtype) for x in (output, *state))
+        return call.close(output), (call.close_state(h), call.close_state(c))
+
+    def _as_rows(self, input: Tensor | PackedSequence, hx: State | None) -> State | None:
+        """A float32 state in the dtype of the input, which the stock kernels ask for outside autocast."""
+        dtype = input.data.dtype
+        if not isinstance(hx, tuple | list) or not all(isinstance(x, Tensor) and x.dtype == torch.float32 for x in hx):
+            return hx
+        return tuple(x.to(dtype) for x in hx) if dtype in (torch.float16, torch.bfloat16) else hx  # type: ignore[return-value]
 
     def _initial(self, call: Call, hx: State | None) -> State:
         layers, dtype = self.num_layers * (1 + self.bidirectional), call.rows.dtype
@@ -132,7 +147,7 @@ class LSTM(nn.LSTM):
         if mask is not None and reset is None and not x.is_cuda and not self.bidirectional:
             lengths = mask.sum(0)
             ragged = 0 < int(lengths.sum()) < _RAGGED * mask.numel()
-            if ragged and bool((mask == (torch.arange(len(x))[:, None] < lengths)).all()):
+            if ragged and bool((mask == (torch.arange(len(x), device=x.device)[:, None] < lengths)).all()):
                 return self._run_ragged(x, mask, lengths, state)
         if mask is not None:  # padding may hold anything
             x = torch.where(mask[..., None], x, 0.0)
@@ -145,13 +160,13 @@ class LSTM(nn.LSTM):
         """
         steps, lanes = mask.shape
         order = lengths.argsort(descending=True, stable=True)
-        rank, row = order.argsort(), torch.arange(steps)[:, None] * lanes
+        rank, row = order.argsort(), torch.arange(steps, device=x.device)[:, None] * lanes
         kept, real = mask[:, order], mask.flatten()
         x = move(x.flatten(0, 1), (row + order).flatten(), kept.flatten(), (row + rank).flatten(), real)
         x, h, c = x.view(steps, lanes, -1), state[0][:, order], state[1][:, order]
         quarters = [-(-lanes * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
         ends = dict.fromkeys(lengths.sort().values[quarters].tolist())
-        active, outputs = torch.zeros(steps, dtype=torch.int64), []
+        active, outputs = lengths.new_zeros(steps), []
         for begin, end in pairwise(dict.fromkeys([0, *ends])):
             n = int((lengths > begin).sum())
             active[begin:end] = n
@@ -161,8 +176,8 @@ class LSTM(nn.LSTM):
             outputs.append(output.flatten(0, 1))
         rows, before = torch.cat(outputs), active.cumsum(0) - active
         take = (before[:, None] + rank).clamp(max=len(rows) - 1).flatten()
-        step = torch.arange(steps).repeat_interleave(active)
-        back = step * lanes + order[torch.arange(len(rows)) - before[step]]
+        step = torch.arange(steps, device=x.device).repeat_interleave(active)
+        back = step * lanes + order[torch.arange(len(rows), device=x.device) - before[step]]
         return move(rows, take, real, back, real[back]).view(steps, lanes, -1), (h[:, rank], c[:, rank])
 
     def _run_together(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
@@ -173,7 +188,7 @@ class LSTM(nn.LSTM):
             if finite:
                 return output, after
         else:
-            warnings.warn(f"{why}; this call runs as a slow loop over steps", SlowPathWarning, stacklevel=5)
+            warnings.warn(f"{why}; this call runs as a slow loop over steps", SlowPathWarning, stacklevel=_outside())
         # Where something is NaN or infinite only selection stops it at a reset: closed gates do not.
         return self._run_reference(x, reset, mask, state)
 
@@ -249,6 +264,14 @@ class LSTM(nn.LSTM):
         columns[:2, :, 0] = columns[3, :, 0] = columns[0, :, 1] = columns[3, :, 1] = -_CLOSED
         columns[1, :, 1] = _CLOSED
         return [torch.cat([weights[0], columns.flatten(0, 1)], 1), *(w for w in weights[1:] if w is not None)]
+
+
+def _outside() -> int:
+    """The stacklevel of the line that called the module, past torch's and the layers' own frames."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("seqbatch.rnn", "torch.nn")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _with_flags(x: Tensor, layout: Layout) -> Tensor:

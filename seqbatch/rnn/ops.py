@@ -8,10 +8,12 @@ Memory kept for backward, per step, lane and column: u (k values), the skip (one
 input itself) and c (one value of at least float32). Gates are computed again. Without gradients c is not written.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqbatch.rnn import reference
 from seqbatch.rnn.checks import Scan, check_offsets, check_scan
@@ -68,8 +70,17 @@ def sru_scan(
     learning = any(x is not None and x.requires_grad for x in (u, skip, weight_c, bias, initial))
     scan = scan._replace(keep=learning and torch.is_grad_enabled())
     check_scan(scan)
+    if forward_ad._current_level >= 0 and any(_tangent(x) for x in (u, skip, weight_c, bias, initial)):
+        raise RuntimeError(
+            "sru_scan has no forward-mode derivative (torch's custom operators would take it for 0): use reverse mode, "
+            "torch.autograd.grad or backward"
+        )
     h, _, last = _forward(*scan._replace(initial=initial.to(reference.carry_dtype(u.dtype))))
     return h, last
+
+
+def _tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +155,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad_h: Tensor | None, _: Any, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, c = ctx.saved_tensors
+    if c.numel() != math.prod(ctx.shape[0]):  # not kept: under vmap no input says that it will be differentiated
+        c = _forward(*tensors, *ctx.settings[:-1], True)[1]
     if grad_h is None:
         grad_h = tensors[0].new_zeros(ctx.shape[0], dtype=ctx.shape[1])
     if grad_last is None:

@@ -1,6 +1,7 @@
 """SRU, the simple recurrent unit (Lei et al., arXiv 1709.02755): one matrix product for all steps, then a scan."""
 
 import math
+import warnings
 from typing import Literal
 
 import torch
@@ -58,13 +59,14 @@ class SRULayer(nn.Module):
             activation = "tanh" if version == "v1" else "identity"
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        for name, p in (("dropout", dropout), ("variational_dropout", variational_dropout)):
-            if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-                raise ValueError(f"{name} must be a probability in [0, 1), got {p!r}")
+        _check_probability("dropout", dropout)
+        _check_probability("variational_dropout", variational_dropout)
         if highway_bias and not bias:
             raise ValueError(f"highway_bias needs a bias, got highway_bias={highway_bias} with bias=False")
         if normalize_after and not layer_norm:
             raise ValueError("normalize_after says where layer_norm stands: set layer_norm=True too")
+        if isinstance(projection_size, bool) or not isinstance(projection_size, int):
+            raise TypeError(f"projection_size must be an int, got {type(projection_size).__name__}")
         if projection_size and not 0 < projection_size < min(input_size, hidden_size * (1 + bidirectional)):
             raise ValueError(
                 f"projection_size must be smaller than the input and the output, got {projection_size} for "
@@ -76,7 +78,11 @@ class SRULayer(nn.Module):
         self.normalize_after, self.projection_size = normalize_after, projection_size
         if rescale is None:
             rescale = version == "v2"
-        self.scale = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale is True else float(rescale or 1.0)
+        self.scale = (
+            math.sqrt(1 + 2 * math.exp(highway_bias))
+            if rescale is True
+            else (1.0 if rescale is False else float(rescale))
+        )
         columns = self.output_size = hidden_size * (1 + bidirectional)
         self.planes = 4 if highway and input_size != columns else 3
         factory = {"device": device, "dtype": dtype}
@@ -91,11 +97,11 @@ class SRULayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters, as the authors do.
+        """Draw new parameters, as the authors' library does since 2.0.
 
-        W has variance 1 / fan-in. Version v2 also keeps the variance through the gates: gate planes and v
-        times sqrt(1/2), a projected highway times alpha, z times sqrt(1 - dropout), all of W times
-        sqrt(1 - variational_dropout) and, with layer_norm, times 0.1.
+        W has variance 1 / fan-in, times alpha where the highway is projected, times 1 - dropout for z, times
+        1 - variational_dropout and, with layer_norm, times 0.01. Version v2 also keeps the variance through the
+        gates: gate planes and v times 1/2.
         """
         for weight in (self.weight, self.weight_proj):
             if weight is not None:
@@ -104,29 +110,28 @@ class SRULayer(nn.Module):
         if self.bias is not None:
             self.bias[0] = 0
             self.bias[1] = self.highway_bias
-        if self.weight_c is None:
-            return
-        nn.init.uniform_(self.weight_c, -math.sqrt(1.5), math.sqrt(1.5))
         planes = self.weight.view(self.planes, self.output_size, -1)
+        if self.weight_c is not None:
+            nn.init.uniform_(self.weight_c, -math.sqrt(1.5), math.sqrt(1.5))
+            planes[1:3] *= math.sqrt(0.5)
         planes[0] *= math.sqrt(1 - self.dropout)
-        planes[1:3] *= math.sqrt(0.5)
         if self.planes == 4:
             planes[3] *= self.scale
         planes *= math.sqrt(1 - self.variational_dropout) * (0.1 if self.layer_norm is not None else 1.0)
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         *,
         reset: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the layer.
 
         Args:
-            input: (T, B, input_size), or (S, input_size) with ``cu_seqlens``.
+            input: (T, B, input_size), (T, input_size), (S, input_size) with ``cu_seqlens``, or a PackedSequence.
             hx: (directions, B or N, hidden_size), the state before the first step; None: 0.
             reset: (T, B) bool, true where a new piece starts.
             mask: (T, B) bool, true on real tokens.
@@ -145,12 +150,12 @@ class SRULayer(nn.Module):
             input_size=self.input_size,
             batch_first=False,
         )
-        carry, shape = carry_dtype(input.dtype), (1 + self.bidirectional, call.lanes, self.hidden_size)
+        carry, shape = carry_dtype(call.rows.dtype), (1 + self.bidirectional, call.lanes, self.hidden_size)
         state = call.rows.new_zeros(shape, dtype=carry) if hx is None else call.state("hx", hx, shape, carry)
-        output, last = self.run(call, state)
-        return output if call.batched or cu_seqlens is not None else output.squeeze(1), call.close_state(last)
+        output, last = self._run(call, state)
+        return call.close(output), call.close_state(last)
 
-    def run(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, call: Call, state: Tensor) -> tuple[Tensor, Tensor]:
         """The layer on a call that was checked; state in and out are (directions, lanes, hidden_size)."""
         x, mask = call.rows, call.mask
         if mask is not None:  # a NaN in padding would spoil the weights' gradient
@@ -196,7 +201,8 @@ class SRULayer(nn.Module):
         if call.cu_seqlens is None:
             return x * kept
         rows = torch.arange(len(x), device=x.device, dtype=call.cu_seqlens.dtype)
-        return x * kept[torch.searchsorted(call.cu_seqlens, rows, right=True) - 1]
+        owner = torch.searchsorted(call.cu_seqlens, rows, right=True) - 1
+        return x * kept[owner.clamp(0, call.lanes - 1)]  # bad offsets are named by the scan
 
     def extra_repr(self) -> str:
         """The sizes and what differs from the defaults, as ``torch.nn`` modules show them."""
@@ -277,7 +283,9 @@ class SRU(nn.Module):
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
-        self.dropout = dropout
+        _check_probability("dropout", dropout)
+        if dropout and num_layers == 1:
+            warnings.warn(f"dropout={dropout} acts between layers, and there is one: it has no effect", stacklevel=2)
         self.layers = nn.ModuleList(
             SRULayer(
                 hidden_size * (1 + bidirectional) if i else input_size,
@@ -299,6 +307,18 @@ class SRU(nn.Module):
             )
             for i in range(num_layers)
         )
+        self._dropout = float(dropout)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which every layer but the last drops outputs; may be changed."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        self._dropout = _check_probability("dropout", p)
+        for layer in list(self.layers)[:-1]:
+            layer.dropout = self._dropout  # type: ignore[assignment]
 
     def forward(
         self,
@@ -344,11 +364,19 @@ class SRU(nn.Module):
         shape = (self.num_layers * directions, call.lanes, self.hidden_size)
         states = call.rows.new_zeros(shape, dtype=carry) if hx is None else call.state("hx", hx, shape, carry)
         last = []
+        flags = {"reset": call.reset, "mask": call.mask, "cu_seqlens": call.cu_seqlens}
         for layer, state in zip(self.layers, torch.split(states, directions), strict=True):
-            output, after = layer.run(call, state)  # type: ignore[operator]
+            # A call, not a method: hooks, checkpointing and sharding wrap the modules' calls.
+            output, after = layer(call.rows, state, **flags)
             call = call.onward(output)
             last.append(after)
         return call.close(call.rows), call.close_state(torch.cat(last))
+
+
+def _check_probability(name: str, p: float) -> float:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise ValueError(f"{name} must be a probability in [0, 1), got {p!r}")
+    return float(p)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -163,7 +163,7 @@ def forward(
                     m = tl.where(fresh, tl.load(dropout + here * total + column, real_column & fresh, 0).to(CARRY), m)
             z = zs[i].to(CARRY)
             f = tl.sigmoid(fs[i].to(CARRY) + b_f + v_f * before if PEEPHOLE else fs[i].to(CARRY) + b_f)
-            now = (before - z) * f + z
+            now = f * before + (1 - f) * z
             now = tl.where(real, now, before)
             if SUMMARY:
                 a = tl.where(cut, 0.0, tl.where(real, a * f, a))
@@ -227,7 +227,8 @@ def combine(entering, leaving, product, constant, cleared, chunks, width,
         for i in tl.static_range(UNROLL):
             place = lane * chunks + (chunks - 1 - at - i if BACKWARD else at + i)
             tl.store(entering + place * total + column, carry, real & (at + i < chunks))
-            carry = tl.where(flags[i], terms[i], factors[i] * carry + terms[i])
+            # A product of v2's slopes may overflow; times the 0 of steps without loss it must not be NaN.
+            carry = tl.where(flags[i] | (carry == 0), terms[i], factors[i] * carry + terms[i])
         at += UNROLL
 
 
