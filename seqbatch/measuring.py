@@ -150,7 +150,7 @@ def _fingerprint(dataset: Any, field: str | int | None) -> str:
 
 def _read(path: Path, fingerprint: str) -> IntArray | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             if json.loads(str(file["header"])) == {
                 "format": "seqbatch lengths",
                 "version": 1,

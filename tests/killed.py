@@ -1,4 +1,4 @@
-"""A training process that checkpoints every few steps, writes down what it trained on, and can be killed at any step."""
+"""A training process that checkpoints, writes down what it trained on, and can be killed at any step."""
 
 import json
 import os
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what optimizers and kernels import late is loaded once, before processes are forked
 import torch.distributed as dist
 from loaders import load
 from torch import nn
 
 import seqbatch
+import seqbatch.fill_kernels
+import seqbatch.rnn.cpu_kernels
 
 EPOCHS, EVERY = 8, 3
 
@@ -25,7 +28,7 @@ class Model(nn.Module):
 
 
 def train(folder: str, name: str, rank: int, num_replicas: int, run: int, kill: tuple[int, int, str] | None) -> None:
-    """Train to the end, or until step `kill[0]` of this run, where rank `kill[1]` gets a SIGKILL at a place of the step."""
+    """Train to the end, or until step `kill[0]` of this run, where rank `kill[1]` gets a SIGKILL."""
     torch.set_num_threads(1)
     home, total = Path(folder), 0
     if num_replicas > 1:
@@ -35,7 +38,8 @@ def train(folder: str, name: str, rank: int, num_replicas: int, run: int, kill: 
     model = Model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     loader = load(name, next_token=True, seed=1, rank=rank, num_replicas=num_replicas)
-    state, checkpoint, history = None, home / "checkpoint.pt", open(home / f"seen{run}.{rank}", "w")
+    state, checkpoint = None, home / "checkpoint.pt"
+    history = open(home / f"seen{run}.{rank}", "w")  # noqa: SIM115 - open as long as the process lives
     losses: list[float] = []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)

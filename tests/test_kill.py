@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from killed import EPOCHS, train
+from killed import EPOCHS, EVERY, train
 from loaders import expected, load
 
 KILLS = 10
@@ -36,6 +36,12 @@ def run_once(folder: Path, name: str, num_replicas: int, run: int, kill: tuple[i
     return [process.exitcode for process in ranks]
 
 
+def draw(chance: random.Random, num_replicas: int) -> tuple[int, int, str]:
+    """A step, a rank and a place in the step: before training on the batch, after it, after the checkpoint."""
+    place = chance.choice(PLACES)
+    return EVERY if place == "saved" else chance.randint(2, 5), chance.randrange(num_replicas), place
+
+
 def history(folder: Path, runs: int) -> dict[int, Counter[int]]:
     """What was trained on in each epoch: every run up to the checkpoint that the next one started from."""
     lines = {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("seen*")}
@@ -60,7 +66,7 @@ def test_killed_ten_times_with_changing_ranks(tmp_path: Path, name: str) -> None
     chance = random.Random(name)
     for run in range(KILLS):
         num_replicas = 1 + run % 2
-        kill = (chance.randint(2, 5), chance.randrange(num_replicas), chance.choice(PLACES))
+        kill = draw(chance, num_replicas)
         codes = run_once(tmp_path, name, num_replicas, run, kill)
         assert codes[kill[1]] == -signal.SIGKILL
     assert run_once(tmp_path, name, 1, KILLS, None) == [0]
@@ -78,7 +84,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(tmp_path: Path, name: str, n
     assert not any(run_once(tmp_path / "whole", name, num_replicas, 0, None))
     chance = random.Random(name)
     for run in range(4):
-        kill = (chance.randint(4, 6), chance.randrange(num_replicas), chance.choice(PLACES))
+        kill = draw(chance, num_replicas)
         run_once(tmp_path / "killed", name, num_replicas, run, kill)
     assert not any(run_once(tmp_path / "killed", name, num_replicas, 4, None))
 
