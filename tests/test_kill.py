@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing as mp
+import os
 import random
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def run_once(folder: Path, name: str, num_replicas: int, run: int, kill: tuple[i
     """Run all ranks; once one is killed the others get the same. Return the exit codes."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["killed"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server of Python 3.11 has no other path
     ranks = [
         context.Process(target=train, args=(str(folder), name, rank, num_replicas, run, kill), daemon=True)
         for rank in range(num_replicas)
