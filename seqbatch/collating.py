@@ -84,7 +84,8 @@ def as_model_inputs(batch: SequenceBatch) -> dict[str, Any]:
     ``input_ids``, ``position_ids`` (from 0 in every piece) and ``labels``: the data's own ``labels``, or the
     ``input_ids``, with -100 on padding, on context, and where a piece begins inside a row, since causal models
     compare each position with the *next* label and no piece may predict another's. ``attention_mask`` only
-    where a row holds one piece: without it the models keep pieces apart by their ``position_ids``.
+    where a row holds one piece. Without it the models keep pieces apart by their ``position_ids``, but not
+    while they keep a cache of keys, which is their default outside ``Trainer``: hence ``use_cache=False`` then.
 
     >>> batch = SequenceBatch.of_sequences([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
     >>> as_model_inputs(batch)["labels"].tolist()
@@ -105,7 +106,8 @@ def as_model_inputs(batch: SequenceBatch) -> dict[str, Any]:
     if batch.mask is not None and placement.single:
         data["attention_mask"] = batch.mask.long()
     rows = {name: values[None] for name, values in data.items()} if batch.layout == "flat" else data
-    return rows | dict(batch.per_sequence)
+    alone = {} if "attention_mask" in data else {"use_cache": False}
+    return rows | alone | dict(batch.per_sequence)
 
 
 def _padding(value: float | Mapping[Any, float], key: Key) -> float:
