@@ -30,6 +30,8 @@ class PlanLoader(DataLoader[Any]):
     """
 
     batch_sampler: PlanBatchSampler
+    _handed_out: int = 0  # batches of the last iteration; its workers may have read further
+    _handed_from: Any = None  # where it began: the sampler's own history object, a new one for every move
 
     @property
     def plan(self) -> Plan:
@@ -45,24 +47,37 @@ class PlanLoader(DataLoader[Any]):
         """Go to the start of `epoch`; no move if it is the present one, which may have been resumed inside."""
         self.batch_sampler.set_epoch(epoch)
 
+    def __len__(self) -> int:
+        """Batches of the whole present epoch, also of those that ran before a resume: what trainers count to."""
+        return self.batch_sampler.steps_done * len(self.batch_sampler.ranks) + len(self.batch_sampler)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        epoch = self.epoch
-        yield from super().__iter__()
+        epoch, sampler = self.epoch, self.batch_sampler
+        self._handed_out, self._handed_from = 0, sampler._history
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
 
-    def state_dict(self, after: Any, *, lanes: Any = None) -> dict[str, Any]:
+    def state_dict(self, after: Any = None, *, lanes: Any = None) -> dict[str, Any]:
         """Return the state to resume from, after the batch that was trained on last.
 
         Args:
-            after: That batch. It knows its own place, so whatever reads ahead does no harm.
+            after: That batch. It knows its own place, so whatever reads ahead does no harm. Without it: after the
+                last batch that this loader itself has handed out, whatever its workers have read.
             lanes: For a plan that carries state: the recurrent state after the batch, of all lanes
                 (:func:`seqbatch.gather_lanes` where there are several ranks).
 
         Returns:
             Under 1 KB, and the lanes. Equal on all ranks.
         """
-        state = self.batch_sampler.state_dict(after=after)
+        sampler = self.batch_sampler
+        if after is not None:
+            state = sampler.state_dict(after=after)
+        else:
+            here = self._handed_from is sampler._history
+            state = sampler.state_after(self._handed_out // len(sampler.ranks) if here else 0)
         return state if lanes is None else state | {"lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> Any:

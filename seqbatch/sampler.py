@@ -124,13 +124,18 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         """Batches still to come in this epoch, counted from its start or from the loaded state."""
         return len(self._present_steps().totals) * len(self.ranks)
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of the present epoch that ran before the loaded state, on however many ranks."""
+        return sum(steps for _, steps in self._history)
+
     def __iter__(self) -> Iterator[PieceIndices]:
-        steps, start = self._present_steps(), self.state_dict(after=None)
+        steps, start, history = self._present_steps(), self.state_after(0), self._history
         check_ranks_agree(start | {"next_token": self.next_token, "accumulation": self.accumulation}, self._group)
         self._position = start
         shards = [shard.batches() for shard in steps.shards]
         for step in range(len(steps.totals)):
-            position = start | {"history": _pairs([*self._history, (self.num_replicas, step + 1)])}
+            position = start | {"history": _pairs([*history, (self.num_replicas, step + 1)])}
             for shard in shards:
                 placement = next(shard)
                 self._position = position
@@ -165,7 +170,15 @@ class PlanBatchSampler(Sampler[PieceIndices]):
             return dict(after.position)
         if self._position is not None:
             return dict(self._position)
-        return self._identity() | {"epoch": self.epoch, "history": _pairs(self._history), "plan": self.plan.digest[:32]}
+        return self.state_after(0)
+
+    def state_after(self, steps: int) -> dict[str, Any]:
+        """Return the state after `steps` steps, counted from the epoch's start or from the loaded state."""
+        return self._identity() | {
+            "epoch": self.epoch,
+            "history": _pairs([*self._history, (self.num_replicas, steps)]),
+            "plan": self.plan.digest[:32],
+        }
 
     def _identity(self) -> dict[str, Any]:
         return {
