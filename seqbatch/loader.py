@@ -170,7 +170,14 @@ def make_loader(
         raise ValueError(f"the strategy decides {', '.join(wrong)}: leave it out, and say it in {strategy!r}")
     check_choice("layout", layout, LAYOUTS)
     if lengths is None or isinstance(lengths, str):
-        lengths = dataset_lengths(dataset, lengths, fields=fields, num_workers=num_workers, cache=lengths_cache)
+        lengths = dataset_lengths(
+            dataset,
+            lengths,
+            fields=fields,
+            per_sequence=per_sequence,
+            num_workers=num_workers,
+            cache=lengths_cache,
+        )
     sampler = PlanBatchSampler(
         strategy if train else _in_order(strategy),
         lengths,

@@ -29,6 +29,7 @@ def dataset_lengths(
     column: str | None = None,
     *,
     fields: Sequence[str | int] | None = None,
+    per_sequence: Sequence[str | int] = (),
     num_workers: int = 0,
     cache: "str | os.PathLike[str] | None" = None,
 ) -> IntArray:
@@ -38,7 +39,9 @@ def dataset_lengths(
         dataset: Map-style. What it knows itself is taken: ``dataset.lengths``, or a list column of a Hugging Face
             dataset. Otherwise every item is read once, with a progress bar.
         column: A column of a Hugging Face dataset that holds the lengths.
-        fields: The per-token fields; the first one is measured. By default the item itself, or its first field.
+        fields: The per-token fields; the first one is measured. By default the item itself, or its first field
+            that is not in `per_sequence`.
+        per_sequence: Fields with one value a sequence.
         num_workers: Processes that read.
         cache: A file to keep measured lengths in. It is read instead of the data while the fingerprint agrees:
             the number of items, 64 of them spread over the dataset, and where the dataset has one its own
@@ -56,23 +59,23 @@ def dataset_lengths(
     if own is not None and not callable(own):
         return np.asarray(own, np.int64)
     field = None if fields is None else fields[0]
-    fast = _arrow_lengths(dataset, field)
+    fast = _arrow_lengths(dataset, field, per_sequence)
     if fast is not None:
         return fast
-    print_of = _fingerprint(dataset, field) if cache is not None else ""
+    print_of = _fingerprint(dataset, field, per_sequence) if cache is not None else ""
     if cache is not None:
         kept = _read(Path(cache), print_of)
         if kept is not None:
             return kept
-    lengths = _measure(dataset, field, num_workers)
+    lengths = _measure(dataset, field, per_sequence, num_workers)
     if cache is not None:
         _write(Path(cache), print_of, lengths)
     return lengths
 
 
-def _measure(dataset: Any, field: str | int | None, num_workers: int) -> IntArray:
+def _measure(dataset: Any, field: str | int | None, but: Collection[str | int], num_workers: int) -> IntArray:
     readers: DataLoader[Any] = DataLoader(
-        _Lengths(dataset, field), batch_size=256, num_workers=num_workers, collate_fn=np.concatenate
+        _Lengths(dataset, field, but), batch_size=256, num_workers=num_workers, collate_fn=np.concatenate
     )
     parts = []
     with tqdm(total=len(dataset), desc="measuring lengths", unit="seq", delay=1.0) as bar:
@@ -85,8 +88,8 @@ def _measure(dataset: Any, field: str | int | None, num_workers: int) -> IntArra
 class _Lengths(Dataset[Any]):
     """A view of a dataset whose items are their lengths."""
 
-    def __init__(self, dataset: Any, field: str | int | None) -> None:
-        self.dataset, self.field = dataset, field
+    def __init__(self, dataset: Any, field: str | int | None, but: Collection[str | int]) -> None:
+        self.dataset, self.field, self.but = dataset, field, but
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -94,7 +97,7 @@ class _Lengths(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[NDArray[np.int64]]:
         many = getattr(self.dataset, "__getitems__", None)
         items = many(indices) if many is not None else [self.dataset[index] for index in indices]
-        rows = [rows_of(item, self.field, index) for index, item in zip(indices, items, strict=True)]
+        rows = [rows_of(item, self.field, index, self.but) for index, item in zip(indices, items, strict=True)]
         return [np.array([len(row)], np.int64) for row in rows]
 
 
@@ -118,13 +121,15 @@ def rows_of(item: Any, field: str | int | None, index: int, but: Collection[str 
     return item
 
 
-def _arrow_lengths(dataset: Any, field: str | int | None) -> IntArray | None:
+def _arrow_lengths(dataset: Any, field: str | int | None, but: Collection[str | int]) -> IntArray | None:
     """List lengths straight from a Hugging Face dataset's Arrow column; None where there is no such thing."""
     table, indices = getattr(dataset, "data", None), getattr(dataset, "_indices", None)
     names = getattr(table, "column_names", None)
     if table is None or not names or indices is not None:
         return None
-    name = field if field is not None else ("input_ids" if "input_ids" in names else names[0])
+    if field is None:
+        field = "input_ids" if "input_ids" in names else next((name for name in names if name not in but), names[0])
+    name = field
     if name not in names:
         raise ValueError(f"the dataset has the columns {list(names)}, but not {name!r}")
     chunks = getattr(table.column(name), "chunks", [])
@@ -134,11 +139,11 @@ def _arrow_lengths(dataset: Any, field: str | int | None) -> IntArray | None:
     return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
 
-def _fingerprint(dataset: Any, field: str | int | None) -> str:
+def _fingerprint(dataset: Any, field: str | int | None, but: Collection[str | int]) -> str:
     """What changes when the data do, as far as a few reads can see."""
     sha = sha256(f"{type(dataset).__qualname__} {len(dataset)} {field} {getattr(dataset, '_fingerprint', '')}".encode())
     for index in np.unique(np.linspace(0, max(len(dataset) - 1, 0), _PROBES).astype(int))[: len(dataset)].tolist():
-        row = rows_of(dataset[index], field, index)
+        row = rows_of(dataset[index], field, index, but)
         sha.update(
             (
                 row.numpy(force=True) if isinstance(row, Tensor) and row.dtype != torch.bfloat16 else np.asarray(row)
