@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := padding,token_budget,static_shapes,splicing,chunking,packing
 
-.PHONY: demo test test-slow lint bench gpu clean
+.PHONY: demo test test-slow test-integrations lint bench gpu clean
 
 demo: $(VENV)/demo.installed
 	@mkdir -p report
@@ -19,6 +19,10 @@ test: $(VENV)/test.installed lint
 
 test-slow: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m slow
+
+# Training with the frameworks that the README names; their packages are many, so this is apart from `make test`.
+test-integrations: $(VENV)/integrations.installed
+	$(BIN)/python -m pytest tests/integrations
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
@@ -44,6 +48,10 @@ $(VENV)/demo.installed: $(VENV)/bin/python setup.cfg constraints.txt
 
 $(VENV)/test.installed: $(VENV)/bin/python setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+$(VENV)/integrations.installed: $(VENV)/bin/python setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,integrations]"
 	@touch $@
 
 clean:

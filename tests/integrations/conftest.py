@@ -1,0 +1,5 @@
+"""One thread: the models are small, and the machines that run the tests too."""
+
+import torch
+
+torch.set_num_threads(1)
