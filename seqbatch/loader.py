@@ -88,16 +88,19 @@ class PlanLoader(DataLoader[Any]):
             reset_lanes: Start all lanes of a carried plan anew, where the state has no lanes.
 
         Returns:
-            The recurrent state of this rank's lanes, to be given to the next ``batch.carry_in``, or None.
+            The recurrent state of this rank's lanes (of all with ``rank="all"``), to be given to the next
+            ``batch.carry_in``, or None.
 
         Raises:
             ValueError: see :meth:`seqbatch.PlanBatchSampler.load_state_dict`.
         """
         sampler = self.batch_sampler
         sampler.load_state_dict(state, reset_lanes=reset_lanes)
-        lanes = state.get("lanes")
-        if lanes is None or reset_lanes or not len(sampler) or len(sampler.ranks) > 1:
-            return None if len(sampler.ranks) == 1 or reset_lanes else lanes
+        lanes = None if reset_lanes else state.get("lanes")
+        if lanes is None or not len(sampler):
+            return None
+        if len(sampler.ranks) > 1:
+            return lanes
         return scatter_lanes(lanes, sampler.ranks[0], sampler.num_replicas)
 
 
