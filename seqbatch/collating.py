@@ -42,6 +42,8 @@ def collate(
             f"collate lays out the pieces that PieceDataset serves, got {type(fetched).__name__}: wrap the dataset in "
             "PieceDataset(dataset), or use PadCollate, FlattenCollate or SpliceCollate for plain items"
         )
+    from seqbatch.fill_kernels import mark
+
     placement, columns = fetched.placement, fetched.columns
     size = int(np.prod(placement.shape(layout)))
     first, stride = placement.first(layout)
@@ -58,7 +60,7 @@ def collate(
         fill = ignored(data[fetched.target])
         targets = _place(column, begin + 1, count, at, stride, size, fill, loss_mask)
     else:
-        _mark(at, count, stride, loss_mask)
+        mark(at, count, stride, loss_mask)
     shape = placement.shape(layout)
 
     def grid(values: Any) -> Tensor:
@@ -144,10 +146,6 @@ def _place(
 
 
 _AS_NUMPY = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32, torch.float64, torch.bool}
-
-
-def _mark(first: IntArray, count: IntArray, stride: int, mask: NDArray[np.bool_]) -> None:
-    mask[_ramps(first, stride, count)] = True
 
 
 def _ramps(first: IntArray, stride: int, count: IntArray) -> IntArray:

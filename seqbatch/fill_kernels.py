@@ -1,4 +1,4 @@
-"""The loop that lays tokens on a grid, compiled by numba on first use."""
+"""The loops that lay tokens and marks on a grid, compiled by numba on first use."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from seqbatch.kernels import compiled
 from seqbatch.ordering import IntArray
 
-__all__ = ["fill"]
+__all__ = ["fill", "mark"]
 
 
 @compiled
@@ -36,5 +36,22 @@ def fill(
         at = first[p]
         for i in range(source[p], source[p] + count[p]):
             out[at] = tokens[i]
+            mask[at] = True
+            at += stride
+
+
+@compiled
+def mark(first: IntArray, count: IntArray, stride: int, mask: NDArray[np.bool_]) -> None:
+    """Set ``mask[first[p] + i * stride]`` for i below ``count[p]``.
+
+    Args:
+        first: (P,) a cell.
+        count: (P,) how many.
+        stride: Cells from one to the next.
+        mask: (cells,) changed in place.
+    """
+    for p in range(len(first)):
+        at = first[p]
+        for _ in range(count[p]):
             mask[at] = True
             at += stride

@@ -178,8 +178,10 @@ class Plan:
         for name in _BATCHES + _PIECES + _CONTEXT:
             column = getattr(self, name)
             sha.update(f"{name} {None if column is None else len(column)}".encode())
-            for i in range(0, 0 if column is None else len(column), 1 << 20):
-                sha.update(np.ascontiguousarray(column[i : i + (1 << 20)], dtype="<i8").tobytes())
+            if column is not None:
+                small = np.ascontiguousarray(planfile.narrow(column))
+                sha.update(f"{small.dtype.kind}{small.dtype.itemsize} {len(small)}".encode())
+                sha.update(small.astype(small.dtype.newbyteorder("<"), copy=False).tobytes())
         sha.update(np.ascontiguousarray(self.dropped).tobytes())
         return sha.hexdigest()
 
@@ -287,25 +289,49 @@ class Plan:
         >>> [len(plan.shard(rank, 2)) for rank in range(2)], sum(plan.shard(rank, 2).tokens for rank in range(2))
         ([3, 3], 28)
         """
+        options = {"history": history, "cost": cost, "tail": tail, "worst_first": worst_first}
+        batches, first, end = self.assign(rank, num_replicas, **options)  # type: ignore[arg-type]
+        dropped = self.dropped
+        if tail == "drop" and not self.carry:
+            left_over = self.schedule(num_replicas, **options).left_over  # type: ignore[arg-type]
+            rest = self._restrict(left_over, np.zeros(len(left_over), np.int64), self.lanes[left_over])
+            dropped = np.concatenate([dropped, dropped_rows("tail", *rest._new_tokens())])
+        return self._restrict(batches, first, end, dropped=dropped)
+
+    def assign(
+        self,
+        rank: int,
+        num_replicas: int,
+        *,
+        history: History = (),
+        cost: tuple[float, float] = (1.0, 0.0),
+        tail: str = "split",
+        worst_first: bool = False,
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """Return (batch, first lane, end lane) of each step of a rank: what `shard` makes a plan of.
+
+        Arguments and errors are those of `shard`; a range without lanes stands for one empty lane.
+
+        >>> import seqbatch
+        >>> plan = seqbatch.Padding(2, shuffle=False).plan([5, 5, 3, 3, 1, 1])
+        >>> [column.tolist() for column in plan.assign(1, 2)]  # batch 1, then the second lane of batch 2
+        [[1, 2], [0, 1], [2, 2]]
+        """
         check_integer("num_replicas", num_replicas, at_least=1)
         check_integer("rank", rank, at_least=0)
         check_choice("tail", tail, ("split", "drop"))
         if rank >= num_replicas:
             raise ValueError(f"rank must be in 0..{num_replicas - 1} for num_replicas={num_replicas}, got {rank}")
         if self.carry:
-            return self._shard_lanes(rank, num_replicas, history)
+            return self._assign_lanes(rank, num_replicas, history)
         groups, left_over = self.schedule(num_replicas, history=history, cost=cost, tail=tail, worst_first=worst_first)
         batches, first, end = groups[:, rank], np.zeros(len(groups), np.int64), self.lanes[groups[:, rank]]
-        dropped = self.dropped
         if len(left_over) and tail == "split":
             own = [column[rank] for column in lane_ranges(left_over, self.lanes[left_over], num_replicas)]
             batches, first, end = (np.append(*pair) for pair in zip((batches, first, end), own, strict=True))
-        elif len(left_over):
-            rest = self._restrict(left_over, np.zeros(len(left_over), np.int64), self.lanes[left_over])
-            dropped = np.concatenate([dropped, dropped_rows("tail", *rest._new_tokens())])
-        return self._restrict(batches, first, end, dropped=dropped)
+        return batches, first, end
 
-    def _shard_lanes(self, rank: int, num_replicas: int, history: History) -> "Plan":
+    def _assign_lanes(self, rank: int, num_replicas: int, history: History) -> tuple[IntArray, IntArray, IntArray]:
         num_lanes = int(self.lanes[0]) if len(self) else num_replicas
         phases = check_history(history)
         for replicas in (num_replicas, *(phase[0] for phase in phases)):
@@ -321,7 +347,7 @@ class Plan:
         batches = np.arange(done, len(self))
         share = num_lanes // num_replicas
         first = np.full(len(batches), rank * share)
-        return self._restrict(batches, first, first + share)
+        return batches, first, first + share
 
     def _restrict(self, batches: IntArray, first: IntArray, end: IntArray, **changes: Any) -> "Plan":
         """Return lanes ``first[i] : end[i]`` of each of `batches`, in that order; never fewer than one lane."""

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VERSION", "read", "write"]
+__all__ = ["VERSION", "narrow", "read", "write"]
 
-VERSION = 1
+VERSION = 2
 
 
 def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings: dict[str, object]) -> None:
@@ -34,7 +34,7 @@ def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings
     partial = Path(name)
     try:
         with open(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, header=np.array(header), **{k: _narrow(v) for k, v in arrays.items()})
+            np.savez(file, allow_pickle=False, header=np.array(header), **{k: narrow(v) for k, v in arrays.items()})
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -83,7 +83,12 @@ def _checksum(settings: dict[str, object]) -> str:
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _narrow(array: NDArray[Any]) -> NDArray[Any]:
+def narrow(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an int64 column in the smallest integer type that holds it; one of a single value as that value.
+
+    >>> narrow(np.array([3, 300])).dtype, narrow(np.array([7, 7, 7]))
+    (dtype('uint16'), array([7], dtype=uint8))
+    """
     if array.dtype != np.int64 or not len(array):
         return array
     low, high = int(array.min()), int(array.max())

@@ -1,20 +1,19 @@
 """The batch sampler: one rank's way through a plan, resumable at any step and with any number of ranks."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
 from seqbatch.lengths import as_lengths
-from seqbatch.ordering import IntArray
-from seqbatch.placement import PieceIndices, Placement
-from seqbatch.plan import BatchPlan, Plan
+from seqbatch.placement import PieceIndices
+from seqbatch.plan import Plan
 from seqbatch.ranks import check_ranks_agree, find_ranks
 from seqbatch.sharding import check_history
+from seqbatch.steps import RankBatches, Steps
 from seqbatch.strategy import Strategy, check_choice, check_cost, check_integer
 
 __all__ = ["PlanBatchSampler"]
@@ -92,7 +91,7 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         self._history: list[tuple[int, int]] = []
         self._reset_lanes = False
         self._plan: Plan | None = None
-        self._steps: _Steps | None = None
+        self._steps: Steps | None = None
         self._position: Mapping[str, Any] | None = None
         digest = sha256(f"{len(self.lengths)} ".encode() + np.ascontiguousarray(self.lengths, "<i8").tobytes())
         self._lengths_digest = digest.hexdigest()[:32]
@@ -133,26 +132,41 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         steps, start, history = self._present_steps(), self.state_after(0), self._history
         check_ranks_agree(start | {"next_token": self.next_token, "accumulation": self.accumulation}, self._group)
         self._position = start
-        shards = [shard.batches() for shard in steps.shards]
+        *before, (_, done) = [*history, (self.num_replicas, 0)]
+        if history and history[-1][0] == self.num_replicas:
+            *before, (_, done) = history
+        pairs = [list(pair) for pair in before]
+        ranks = [
+            RankBatches(self.plan, self.lengths, batches, steps.before, self.next_token) for batches in steps.batches
+        ]
         for step in range(len(steps.totals)):
-            position = start | {"history": _pairs([*history, (self.num_replicas, step + 1)])}
-            for shard in shards:
-                placement = next(shard)
+            position = start | {"history": [*pairs, [self.num_replicas, done + step + 1]]}
+            common = {
+                "step_loss_tokens": int(steps.totals[step]),
+                "num_replicas": self.num_replicas,
+                "update": bool(steps.update[step]),
+                "position": position,
+            }
+            for rank in ranks:
+                placement = rank.place(step, common)
                 self._position = position
-                yield PieceIndices(
-                    placement.sequence.tolist(),
-                    replace(
-                        placement,
-                        step_loss_tokens=int(steps.totals[step]),
-                        num_replicas=self.num_replicas,
-                        update=bool(steps.update[step]),
-                        position=position,
-                    ),
-                )
+                yield PieceIndices(placement.sequence.tolist(), placement)
 
-    def _present_steps(self) -> "_Steps":
+    def _present_steps(self) -> Steps:
         if self._steps is None:
-            self._steps = _Steps.of(self)
+            self._steps = Steps.of(
+                self.plan,
+                self.lengths,
+                self.ranks,
+                self.num_replicas,
+                next_token=self.next_token,
+                accumulation=self.accumulation,
+                reset_lanes=self._reset_lanes,
+                history=self._history,
+                cost=self.cost,
+                tail=self.tail,
+                worst_first=self.worst_first,
+            )
         return self._steps
 
     def state_dict(self, after: Any = None) -> dict[str, Any]:
@@ -240,99 +254,3 @@ class PlanBatchSampler(Sampler[PieceIndices]):
 
 def _pairs(history: list[tuple[int, int]]) -> list[list[int]]:
     return [list(pair) for pair in check_history(history)]
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """What is left of an epoch: one shard for each rank that is served, and what concerns all ranks."""
-
-    shards: "list[_Shard]"
-    totals: IntArray  # (steps,) positions that carry loss in the optimizer step that a step is part of, all ranks
-    update: NDArray[np.bool_]  # (steps,) whether an optimizer step ends
-
-    @classmethod
-    def of(cls, sampler: PlanBatchSampler) -> "_Steps":
-        plan, options = sampler.plan, {"history": sampler._history, "cost": sampler.cost, "tail": sampler.tail}
-        per_batch = _loss_tokens(plan, sampler.lengths, sampler.next_token)
-        shards = [
-            plan.shard(rank, sampler.num_replicas, **options, worst_first=sampler.worst_first)  # type: ignore[arg-type]
-            for rank in sampler.ranks
-        ]
-        done = len(plan) - len(shards[0]) if plan.carry else 0
-        if plan.carry:
-            totals = per_batch[done:]
-        else:
-            groups, left_over = plan.schedule(sampler.num_replicas, **options, worst_first=sampler.worst_first)  # type: ignore[arg-type]
-            totals = per_batch[groups].sum(axis=1)
-            if len(left_over) and sampler.tail == "split":
-                totals = np.append(totals, per_batch[left_over].sum())
-        micro = sampler.accumulation
-        starts = np.arange(0, len(totals), micro)
-        totals = np.repeat(np.add.reduceat(totals, starts), micro)[: len(totals)] if len(totals) else totals
-        update = (np.arange(len(totals)) % micro == micro - 1) | (np.arange(len(totals)) == len(totals) - 1)
-        before = plan[done - 1] if done and not sampler._reset_lanes else None
-        return cls(
-            [_Shard(shard, sampler, rank, before) for rank, shard in zip(sampler.ranks, shards, strict=True)],
-            totals,
-            update,
-        )
-
-
-class _Shard:
-    """The batches of one rank as placements."""
-
-    def __init__(self, plan: Plan, sampler: PlanBatchSampler, rank: int, before: BatchPlan | None) -> None:
-        self.plan, self.lengths, self.next_token = plan, sampler.lengths, sampler.next_token
-        self.loss_tokens = _loss_tokens(plan, sampler.lengths, sampler.next_token)
-        self.template = int(np.argmax(sampler.lengths > 0))
-        self.before, self.first_lane = before, rank * (int(plan.lanes[0]) if len(plan) else 0)
-
-    def batches(self) -> Iterator[Placement]:
-        held = None if self.before is None else _ends(self.before)
-        if held is not None:
-            share = int(self.plan.lanes[0]) if len(self.plan) else 0
-            held = held[:, self.first_lane : self.first_lane + share]
-        for number, batch in enumerate(self.plan):
-            order = np.lexsort((batch.step, batch.lane))
-            sequence, start, length, step, lane = (column[order] for column in batch[:5])
-            nothing = np.zeros(len(order), np.int64)
-            continues = np.zeros(len(order), np.bool_)
-            if self.plan.carry:
-                if held is not None:
-                    continues = (step == 0) & (held[0, lane] == sequence) & (held[1, lane] == start) & (start > 0)
-                held = _ends(batch)
-            yield Placement(
-                sequence=sequence,
-                start=start,
-                length=length,
-                step=step,
-                lane=lane,
-                steps=batch.steps,
-                lanes=batch.lanes,
-                left_context=nothing if batch.left_context is None else batch.left_context[order],
-                right_context=nothing if batch.right_context is None else batch.right_context[order],
-                whole=self.lengths[sequence],
-                continues=continues,
-                carry=self.plan.carry,
-                next_token=self.next_token,
-                loss_tokens=int(self.loss_tokens[number]),
-                template=self.template,
-            )
-
-
-def _ends(batch: BatchPlan) -> IntArray:
-    """(2, B): the sequence that each lane holds at the end of a batch, and the token that would come next; or -1."""
-    held = np.full((2, batch.lanes), -1, np.int64)
-    last = np.argsort(batch.step, kind="stable")
-    held[:, batch.lane[last]] = batch.sequence[last], (batch.start + batch.length)[last]
-    return held
-
-
-def _loss_tokens(plan: Plan, lengths: IntArray, next_token: bool) -> IntArray:
-    """(M,) positions of each batch that carry loss."""
-    left = 0 if plan.left_context is None else plan.left_context
-    right = 0 if plan.right_context is None else plan.right_context
-    count = plan.length - left - right
-    if next_token:
-        count = count - (plan.start + plan.length - right == lengths[plan.sequence])
-    return np.diff(np.append(0, np.cumsum(count))[plan.batch_ptr])
