@@ -203,9 +203,9 @@ def test_a_changed_plan_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_a_plan_of_another_version_is_refused(saved: Path) -> None:
     """Naming both versions."""
     arrays = dict(np.load(saved))
-    header = json.loads(str(arrays["header"])) | {"version": 2}
+    header = json.loads(str(arrays["header"])) | {"version": 1}
     np.savez(saved, **(arrays | {"header": np.array(json.dumps(header))}))
-    with pytest.raises(ValueError, match="plan format version 2, this seqbatch reads version 1"):
+    with pytest.raises(ValueError, match="plan format version 1, this seqbatch reads version 2"):
         Plan.load(saved)
 
 
