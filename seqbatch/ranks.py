@@ -12,7 +12,14 @@ from torch import Tensor
 from seqbatch.batch import map_tensors
 from seqbatch.strategy import check_integer
 
-__all__ = ["check_ranks_agree", "find_ranks", "gather_lanes", "global_loss_tokens", "scatter_lanes"]
+__all__ = [
+    "check_ranks_agree",
+    "check_still_alone",
+    "find_ranks",
+    "gather_lanes",
+    "global_loss_tokens",
+    "scatter_lanes",
+]
 
 
 def find_ranks(rank: int | None, num_replicas: int | None, mesh: Any = None) -> tuple[int, int, Any]:
@@ -60,6 +67,20 @@ def find_ranks(rank: int | None, num_replicas: int | None, mesh: Any = None) -> 
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+
+
+def check_still_alone() -> None:
+    """Raise where there are several ranks now, for what was made when there was one and no rank was given.
+
+    Raises:
+        ValueError: the default process group came later, so that every rank would take all data.
+    """
+    if _world_size() > 1:
+        raise ValueError(
+            f"this was made for one process, before torch.distributed was initialised, and now there are "
+            f"{_world_size()}, which would all take all data: make the loader after init_process_group (under "
+            "Lightning in train_dataloader), or pass rank and num_replicas (rank=0, num_replicas=1 for all data)"
+        )
 
 
 def check_ranks_agree(mine: Mapping[str, Any], group: Any) -> None:

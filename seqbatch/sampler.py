@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from seqbatch.lengths import as_lengths
 from seqbatch.placement import PieceIndices
 from seqbatch.plan import Plan
-from seqbatch.ranks import check_ranks_agree, find_ranks
+from seqbatch.ranks import check_ranks_agree, check_still_alone, find_ranks
 from seqbatch.sharding import check_history
 from seqbatch.steps import RankBatches, Steps
 from seqbatch.strategy import Strategy, check_choice, check_cost, check_integer
@@ -88,6 +88,7 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         self.next_token = bool(next_token)
         self.accumulation = check_integer("accumulation", accumulation, at_least=1)
         self.cost, self.tail, self.worst_first = check_cost(cost), tail, bool(worst_first)
+        self._alone = rank is None and mesh is None and self.num_replicas == 1
         self._history: list[tuple[int, int]] = []
         self._reset_lanes = False
         self._plan: Plan | None = None
@@ -129,6 +130,8 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         return sum(steps for _, steps in self._history)
 
     def __iter__(self) -> Iterator[PieceIndices]:
+        if self._alone:
+            check_still_alone()
         steps, start, history = self._present_steps(), self.state_after(0), self._history
         check_ranks_agree(start | {"next_token": self.next_token, "accumulation": self.accumulation}, self._group)
         self._position = start

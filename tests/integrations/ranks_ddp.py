@@ -1,7 +1,9 @@
 """What every rank runs for test_ddp.py."""
 
+import warnings
 from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.distributed as dist
 from integrations.text import DATA, FEW, ByteModel, gradients, pieces_of, relative_error, report
@@ -70,7 +72,11 @@ def worst_gradient(strategy, accumulation):
 def main():
     """Write what was seen and how wrong the gradients were."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of what is checked here
+    early = seqbatch.make_loader(FEW, seqbatch.Padding(4))
     dist.init_process_group("gloo")
+    with pytest.raises(ValueError, match="now there are"):
+        next(iter(early))
     records = {
         f"{name} {accumulation}": {
             "epochs": epochs_seen(strategy, accumulation) if (name, accumulation) in SEEN else None,

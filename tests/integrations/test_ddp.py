@@ -6,7 +6,10 @@ from integrations.text import SENTENCES, assert_ranks, run_ranks
 
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_ddp(tmp_path, num_replicas):
-    """Two epochs over all ranks hold each token once; every optimizer step has one process's gradient."""
+    """Two epochs over all ranks hold each token once; every optimizer step has one process's gradient.
+
+    A loader that was made too early, when there was one process, is refused.
+    """
     assert len(SENTENCES) >= 150
     ranks = run_ranks("ranks_ddp.py", tmp_path, num_replicas)
     for name in ranks[0]:
