@@ -27,6 +27,14 @@ def prepared(accelerator, strategy, **options):
     return accelerator.prepare(loader)
 
 
+def evened(accelerator, strategy, **options):
+    """Return the same under Accelerate's default, to repeat batches until all ranks have as many: there are none."""
+    accelerator.dataloader_config.even_batches = True
+    loader = prepared(accelerator, strategy, **options)
+    accelerator.dataloader_config.even_batches = False
+    return loader
+
+
 def train(accelerator, make, strategy, num_workers):
     """Train two epochs; return the pieces of this rank's batches, and where the loop stood after the fifth batch."""
     torch.manual_seed(0)
@@ -63,10 +71,10 @@ def first_gradient_error(accelerator, strategy, found):
 def resume(accelerator, make, strategy, state):
     """Return the pieces of the rest of the epoch."""
     size = accelerator.num_processes
-    ranks = {"rank": "all", "num_replicas": size} if make is prepared else {}
+    ranks = {} if make is own else {"rank": "all", "num_replicas": size}
     loader = seqbatch.make_loader(DATA, strategy, next_token=True, **ranks)
     loader.load_state_dict(state)
-    if make is prepared:
+    if make is not own:
         loader = accelerator.prepare(loader)
     loader.set_epoch(state["epoch"])  # Accelerate would begin with epoch 0
     return [pieces_of(batch) for batch in loader]
@@ -80,7 +88,7 @@ def main():
     )
     records = {}
     for name, strategy in STRATEGIES.items():
-        for make, num_workers in ((own, 0), (prepared, 0), (prepared, 2)):
+        for make, num_workers in ((own, 0), (prepared, 0), (prepared, 2), (evened, 0)):
             record = train(accelerator, make, strategy, num_workers)
             record["rest"] = [resume(accelerator, make, strategy, state) for state in record["states"]]
             records[f"{name} {make.__name__} {num_workers}"] = record
