@@ -1,5 +1,6 @@
 """SequenceBatch: a batch of pieces as tensors, its masks and flags, and the way back."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,12 +15,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from seqbatch.placement import LAYOUTS, Placement
 from seqbatch.strategy import check_choice
 
-__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "resets"]
+__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "marks"]
 
 _FORMS = (*LAYOUTS, "packed", "nested")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)  # not frozen, as Placement
 class SequenceBatch:
     """What a loader yields: the tokens of a batch, and what a model and a loss need to know of them.
 
@@ -234,18 +235,17 @@ class SequenceBatch:
         def move(values: Tensor) -> Tensor:
             return self.convert(values, layout)  # type: ignore[return-value]
 
-        real: Any = torch.ones(self.placement.tokens, dtype=torch.bool, device=self.device)
-        flat: Any = replace(self, layout="flat")
         targets = self.targets
         if targets is not None:
             targets = self.convert(targets, layout, padding_value=ignored(targets))  # type: ignore[assignment]
+        mask, reset, loss_mask = (flags.to(self.device) for flags in marks(self.placement, layout))
         return replace(
             self,
             data=map_tensors(move, self.data),
             targets=targets,
-            loss_mask=move(self.loss_mask),
-            mask=None if layout == "flat" else flat.convert(real, layout),
-            reset=None if layout == "flat" else self._tensor(resets(self.placement, layout)),
+            loss_mask=loss_mask,
+            mask=None if layout == "flat" else mask,
+            reset=None if layout == "flat" else reset,
             layout=layout,
         )
 
@@ -322,12 +322,40 @@ class SequenceBatch:
         return grid.t() if self.layout == "time_major" else grid
 
 
-def resets(placement: Placement, layout: str) -> NDArray[np.bool_]:
-    """Return (T, B) or (B, T): true where a piece begins and does not continue its lane's last one."""
-    out = np.zeros(placement.shape(layout), np.bool_)
-    some = placement.length > 0
-    out.reshape(-1)[placement.first(layout)[0][some]] = ~placement.continues[some]
-    return out
+def marks(
+    placement: Placement,
+    layout: str,
+    tokens: NDArray[Any] | None = None,
+    source: NDArray[np.int64] | None = None,
+    out: NDArray[Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mask, reset and loss_mask, each (T, B) bool or of another layout's shape.
+
+    With (S,) `tokens`, (P,) `source` and (cells,) `out` it also copies the rows of each piece from its source on to
+    their cells of `out`, in the same pass.
+
+    >>> mask, reset, loss_mask = marks(Placement.of_lengths([2, 1], next_token=True), "batch_first")
+    >>> mask.tolist(), reset.tolist(), loss_mask.tolist()
+    ([[True, True], [True, False]], [[True, False], [True, False]], [[True, False], [False, False]])
+    """
+    from seqbatch.fill_kernels import lay_pieces, mark_cells
+
+    shape = placement.shape(layout)
+    first, stride = placement.first(layout)
+    mask, reset, loss_mask = flags = np.zeros((3, math.prod(shape)), np.bool_)
+    if tokens is None or source is None or out is None:
+        tokens, source, out = _NOTHING, _NOTHING, _NOTHING
+    lay_pieces(tokens, source, first, stride, placement.length, placement.continues, out, mask, reset)
+    if placement.loss_tokens == placement.tokens:
+        loss_mask[:] = mask
+    else:
+        begin, count = placement.loss_spans()
+        mark_cells(first + begin * stride, stride, count, loss_mask)
+    mask, reset, loss_mask = flags.reshape(3, *shape)
+    return torch.from_numpy(mask), torch.from_numpy(reset), torch.from_numpy(loss_mask)
+
+
+_NOTHING = np.empty(0, np.int64)
 
 
 def ignored(values: Tensor) -> int:

@@ -1,5 +1,6 @@
 """Turning pieces into tensors: `collate` for batches of a plan, and plug-ins for any DataLoader."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seqbatch.batch import SequenceBatch, ignored, resets
-from seqbatch.datasets import Column, Fetched, Key
+from seqbatch.batch import SequenceBatch, ignored, marks
+from seqbatch.datasets import Fetched, Key
 from seqbatch.ordering import IntArray
 
 __all__ = ["as_model_inputs", "collate"]
@@ -42,38 +43,31 @@ def collate(
             f"collate lays out the pieces that PieceDataset serves, got {type(fetched).__name__}: wrap the dataset in "
             "PieceDataset(dataset), or use PadCollate, FlattenCollate or SpliceCollate for plain items"
         )
-    from seqbatch.fill_kernels import mark
-
     placement, columns = fetched.placement, fetched.columns
-    size = int(np.prod(placement.shape(layout)))
-    first, stride = placement.first(layout)
-    mask = np.zeros(size, np.bool_)
-    data = {
-        key: _place(column, 0, placement.length, first, stride, size, _padding(padding_value, key), mask)
-        for key, column in columns.items()
-    }
-    begin, count = placement.loss_spans()
-    loss_mask, targets = np.zeros(size, np.bool_), None
-    at = first + begin * stride
+    shape, targets, flags = placement.shape(layout), None, None
+    data: dict[Key, Tensor] = {}
+    for key, (given, source) in columns.items():
+        tokens, padding = _as_array(given), _padding(padding_value, key)
+        if flags is None and isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+            out = _grid(tokens, shape, padding)
+            flags = marks(placement, layout, tokens, source, out)
+            data[key] = torch.from_numpy(out.reshape(shape))
+        else:
+            data[key] = _place(tokens, source, placement.length, *placement.first(layout), shape, padding)
+    mask, reset, loss_mask = marks(placement, layout) if flags is None else flags
     if placement.next_token:
-        column = columns[fetched.target]
-        fill = ignored(data[fetched.target])
-        targets = _place(column, begin + 1, count, at, stride, size, fill, loss_mask)
-    else:
-        mark(at, count, stride, loss_mask)
-    shape = placement.shape(layout)
-
-    def grid(values: Any) -> Tensor:
-        rows = torch.as_tensor(values)
-        return rows.view(*shape, *rows.shape[1:])
-
+        begin, count = placement.loss_spans()
+        first, stride = placement.first(layout)
+        column, padding = columns[fetched.target], ignored(data[fetched.target])
+        at = first + begin * stride
+        targets = _place(_as_array(column.tokens), column.source + begin + 1, count, at, stride, shape, padding)
     batch = SequenceBatch(
-        data=_structure({key: grid(values) for key, values in data.items()}),
+        data=_structure(data),
         placement=placement,
-        loss_mask=grid(loss_mask),
-        mask=None if layout == "flat" else grid(mask),
-        reset=None if layout == "flat" else torch.from_numpy(resets(placement, layout)),
-        targets=None if targets is None else grid(targets),
+        loss_mask=loss_mask,
+        mask=None if layout == "flat" else mask,
+        reset=None if layout == "flat" else reset,
+        targets=targets,
         per_sequence=fetched.per_sequence,
         layout=layout,
     )
@@ -119,33 +113,42 @@ def _padding(value: float | Mapping[Any, float], key: Key) -> float:
 
 
 def _place(
-    column: Column,
-    offset: IntArray | int,
+    tokens: NDArray[Any] | Tensor,
+    source: IntArray,
     count: IntArray,
     first: IntArray,
     stride: int,
-    size: int,
+    shape: tuple[int, ...],
     padding: float,
-    mask: NDArray[np.bool_],
 ) -> Tensor:
-    """Return (size, ...): row ``source + offset + i`` at cell ``first + i * stride``, i < `count`; mark those cells."""
-    tokens, source = column.tokens, column.source + offset
-    if isinstance(tokens, Tensor) and tokens.ndim == 1 and tokens.dtype in _AS_NUMPY:
-        tokens = tokens.numpy(force=True)
+    """Return (*shape, ...): row ``source[p] + i`` of `tokens` at cell ``first[p] + i * stride``, for i < `count`."""
     if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
-        from seqbatch.fill_kernels import fill
+        from seqbatch.fill_kernels import copy_rows
 
-        out = np.full(size, padding, np.int64 if tokens.dtype.kind in "iu" else tokens.dtype)
-        fill(tokens, source, count, first, stride, out, mask)
-        return torch.from_numpy(out)
+        out = _grid(tokens, shape, padding)
+        copy_rows(tokens, source, count, first, stride, out)
+        return torch.from_numpy(out.reshape(shape))
     cells, rows = _ramps(first, stride, count), _ramps(source, 1, count)
     flat = torch.as_tensor(tokens[rows])
     flat = flat if flat.dtype.is_floating_point or flat.dtype == torch.bool else flat.long()
-    mask[cells] = True
-    return flat.new_full((size, *flat.shape[1:]), padding).index_copy(0, torch.from_numpy(cells), flat)
+    grid = flat.new_full((math.prod(shape), *flat.shape[1:]), padding).index_copy(0, torch.from_numpy(cells), flat)
+    return grid.view(*shape, *flat.shape[1:])
 
 
 _AS_NUMPY = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32, torch.float64, torch.bool}
+
+
+def _as_array(tokens: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
+    """Return the tokens as the kernels take them, where they can."""
+    if isinstance(tokens, Tensor) and tokens.ndim == 1 and tokens.dtype in _AS_NUMPY:
+        return tokens.numpy(force=True)
+    return tokens
+
+
+def _grid(tokens: NDArray[Any], shape: tuple[int, ...], padding: float) -> NDArray[Any]:
+    """Return the cells of a (S,) field, row by row: integers as int64, as embeddings take them."""
+    dtype = np.dtype(np.int64) if tokens.dtype.kind in "iu" else tokens.dtype
+    return np.full(math.prod(shape), padding, dtype) if padding else np.zeros(math.prod(shape), dtype)
 
 
 def _ramps(first: IntArray, stride: int, count: IntArray) -> IntArray:

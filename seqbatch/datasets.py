@@ -177,12 +177,12 @@ class PieceDataset(Dataset[Any]):
             return self._items(indices)
         placement = indices.placement
         if isinstance(self.dataset, TokenArray):
-            source = self.dataset.offsets[placement.sequence] + placement.start
-            whole = self.dataset.offsets[placement.sequence + 1] - self.dataset.offsets[placement.sequence]
-            if not np.array_equal(whole, placement.whole):
+            begin = self.dataset.offsets[placement.sequence]
+            whole = self.dataset.offsets[placement.sequence + 1] - begin
+            if (whole != placement.whole).any():
                 at = int(np.argmax(whole != placement.whole))
                 raise _disagrees(int(placement.sequence[at]), "tokens", int(whole[at]), int(placement.whole[at]))
-            return Fetched(placement, {None: Column(self.dataset.tokens, source)}, None, {})
+            return Fetched(placement, {None: Column(self.dataset.tokens, begin + placement.start)}, None, {})
         distinct = list(dict.fromkeys(indices)) or [placement.template]
         items = dict(zip(distinct, map(self._split, self._items(distinct)), strict=True))
         pieces = [items[index] for index in indices]

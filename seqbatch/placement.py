@@ -22,7 +22,7 @@ __all__ = ["LAYOUTS", "PieceIndices", "Placement"]
 LAYOUTS = ("time_major", "batch_first", "flat")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that takes ten times as long to make, once a batch
 class Placement:
     """The P pieces of one batch on its grid, sorted by lane and step: the order of the flat layout.
 

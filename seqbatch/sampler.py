@@ -151,9 +151,9 @@ class PlanBatchSampler(Sampler[PieceIndices]):
                 "position": position,
             }
             for rank in ranks:
-                placement = rank.place(step, common)
+                indices = rank.place(step, common)
                 self._position = position
-                yield PieceIndices(placement.sequence.tolist(), placement)
+                yield indices
 
     def _present_steps(self) -> Steps:
         if self._steps is None:

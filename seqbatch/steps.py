@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqbatch.ordering import IntArray
-from seqbatch.placement import Placement
+from seqbatch.placement import PieceIndices, Placement
 from seqbatch.plan import BatchPlan, Plan
 
 __all__ = ["RankBatches", "Steps"]
@@ -68,72 +68,108 @@ class RankBatches:
     ) -> None:
         self.plan, self.lengths, self.next_token = plan, lengths, next_token
         self.batches, self.first, self.end = batches
+        self.sorted = _is_sorted(plan)
         self.template = int(np.argmax(lengths > 0))
+        self.block = _Block(0, [], [], [], [], [], {})
         self.held: IntArray | None = None
         if before is not None and len(self.first):
-            self.held = _ends(before)[:, self.first[0] : self.end[0]]
+            self.held = _ends(before.sequence, before.start + before.length, before.step, before.lane, before.lanes)
+            self.held = self.held[:, self.first[0] : self.end[0]]
 
-    def place(self, step: int, common: dict[str, Any]) -> Placement:
+    def place(self, step: int, common: dict[str, Any]) -> PieceIndices:
         """Return the batch of a step; steps are asked for in order, since state is carried from one to the next."""
-        batch = _lanes(self.plan[int(self.batches[step])], int(self.first[step]), int(self.end[step]))
-        # Copies: a plan's columns are read-only, which torch does not like to index with.
-        sequence, start, length, step_of, lane = (column.copy() for column in batch[:5])
-        nothing = np.zeros(len(sequence), np.int64)
-        left = nothing if batch.left_context is None else batch.left_context
-        right = nothing if batch.right_context is None else batch.right_context
-        continues = np.zeros(len(sequence), np.bool_)
+        if not self.block.begin <= step < self.block.begin + len(self.block.lanes):
+            self.block = self._gather(step)
+        number = step - self.block.begin
+        part = slice(self.block.ptr[number], self.block.ptr[number + 1])
+        columns = {name: column[part] for name, column in self.block.columns.items()}
+        lanes = self.block.lanes[number]
+        continues = np.zeros(part.stop - part.start, np.bool_)
         if self.plan.carry:
+            sequence, start, length, place, lane = (columns[n] for n in ("sequence", "start", "length", "step", "lane"))
             if self.held is not None:
-                continues = (batch.step == 0) & (self.held[0, lane] == sequence) & (self.held[1, lane] == start)
-                continues &= start > 0
-            self.held = _ends(batch)
-        whole = self.lengths[sequence]
-        loss_tokens = int(length.sum() - left.sum() - right.sum())
-        if self.next_token:
-            loss_tokens -= int((start + length - right == whole).sum())
-        return Placement(
-            sequence=sequence,
-            start=start,
-            length=length,
-            step=step_of,
-            lane=lane,
-            steps=batch.steps,
-            lanes=batch.lanes,
-            left_context=left,
-            right_context=right,
-            whole=whole,
+                continues = (
+                    (place == 0) & (self.held[0, lane] == sequence) & (self.held[1, lane] == start) & (start > 0)
+                )
+            self.held = _ends(sequence, start + length, place, lane, lanes)
+        placement = Placement(
+            **columns,
+            steps=self.block.steps[number],
+            lanes=lanes,
             continues=continues,
             carry=self.plan.carry,
             next_token=self.next_token,
-            loss_tokens=loss_tokens,
+            loss_tokens=self.block.loss_tokens[number],
             template=self.template,
             **common,
         )
+        return PieceIndices(self.block.indices[part], placement)
+
+    def _gather(self, begin: int) -> "_Block":
+        """Look up the pieces of the next steps at once: a rank's lanes of their batches, sorted by lane and step."""
+        plan, steps = self.plan, slice(begin, begin + _STEPS)
+        batches, first, end = self.batches[steps], self.first[steps], self.end[steps]
+        counts = np.diff(plan.batch_ptr)[batches]
+        offset = np.cumsum(counts) - counts
+        pieces = np.arange(counts.sum()) + np.repeat(plan.batch_ptr[batches] - offset, counts)
+        owner = np.repeat(np.arange(len(batches)), counts)
+        lane = plan.lane[pieces] - first[owner]
+        if (end - first != plan.lanes[batches]).any():
+            keep = (lane >= 0) & (lane < (end - first)[owner])
+            pieces, owner, lane = pieces[keep], owner[keep], lane[keep]
+        if not self.sorted:
+            order = np.lexsort((plan.step[pieces], lane, owner))
+            pieces, lane = pieces[order], lane[order]
+        nothing = np.zeros(len(pieces), np.int64)
+        columns: dict[str, Any] = {n: getattr(plan, n)[pieces] for n in ("sequence", "start", "length", "step")}
+        columns["lane"] = lane
+        for name in ("left_context", "right_context"):
+            column = getattr(plan, name)
+            columns[name] = nothing if column is None else column[pieces]
+        columns["whole"] = self.lengths[columns["sequence"]]
+        ptr = np.append(0, np.cumsum(np.bincount(owner, minlength=len(batches))))
+        loss = _loss_counts(**{n: columns[n] for n in _LOSS}, next_token=self.next_token)
+        loss_tokens = np.diff(np.append(0, np.cumsum(loss))[ptr])
+        return _Block(
+            begin,
+            ptr.tolist(),
+            plan.steps[batches].tolist(),
+            np.maximum(end - first, 1).tolist(),
+            loss_tokens.tolist(),
+            columns["sequence"].tolist(),
+            columns,
+        )
 
 
-def _lanes(batch: BatchPlan, first: int, end: int) -> BatchPlan:
-    """Return some lanes of a batch, at least one, its pieces sorted by lane and step."""
-    lane, step = batch.lane, batch.step
-    chosen: Any = None
-    if end - first != batch.lanes:
-        chosen = np.flatnonzero((lane >= first) & (lane < end))
-        lane, step = lane[chosen] - first, step[chosen]
-    gap = np.diff(lane)
-    if not ((gap > 0) | ((gap == 0) & (np.diff(step) > 0))).all():
-        order = np.lexsort((step, lane))
-        chosen = order if chosen is None else chosen[order]
-        lane, step = lane[order], step[order]
-    if chosen is None:
-        return batch
-    columns = {name: column[chosen] for name, column in batch._asdict().items() if isinstance(column, np.ndarray)}
-    return batch._replace(**columns | {"step": step, "lane": lane, "lanes": max(end - first, 1)})
+_STEPS = 32  # batches that are looked up at once: calls of numpy cost more than the few pieces of one
+_LOSS = ("start", "length", "left_context", "right_context", "whole")
 
 
-def _ends(batch: BatchPlan) -> IntArray:
+class _Block(NamedTuple):
+    """Consecutive steps of a rank."""
+
+    begin: int  # the first of them
+    ptr: list[int]  # where the pieces of each begin
+    steps: list[int]
+    lanes: list[int]
+    loss_tokens: list[int]
+    indices: list[int]  # the sequences of all pieces
+    columns: dict[str, Any]  # of all pieces, by name
+
+
+def _is_sorted(plan: Plan) -> bool:
+    """Whether the pieces of every batch come by lane and step."""
+    lane, step = np.diff(plan.lane), np.diff(plan.step)
+    behind = (lane < 0) | ((lane == 0) & (step <= 0))
+    behind[plan.batch_ptr[(plan.batch_ptr > 0) & (plan.batch_ptr < len(plan.lane))] - 1] = False
+    return not behind.any()
+
+
+def _ends(sequence: IntArray, end: IntArray, step: IntArray, lane: IntArray, lanes: int) -> IntArray:
     """(2, B): the sequence that each lane holds at the end of a batch, and the token that would come next; or -1."""
-    held = np.full((2, batch.lanes), -1, np.int64)
-    last = np.argsort(batch.step, kind="stable")
-    held[:, batch.lane[last]] = batch.sequence[last], (batch.start + batch.length)[last]
+    held = np.full((2, lanes), -1, np.int64)
+    last = np.argsort(step, kind="stable")
+    held[:, lane[last]] = sequence[last], end[last]
     return held
 
 
@@ -141,7 +177,19 @@ def _loss_tokens(plan: Plan, lengths: IntArray, next_token: bool) -> IntArray:
     """(M,) positions of each batch that carry loss."""
     left = 0 if plan.left_context is None else plan.left_context
     right = 0 if plan.right_context is None else plan.right_context
-    count = plan.length - left - right
-    if next_token:
-        count = count - (plan.start + plan.length - right == lengths[plan.sequence])
+    whole = lengths[plan.sequence] if next_token else plan.length
+    count = _loss_counts(plan.start, plan.length, left, right, whole, next_token)
     return np.diff(np.append(0, np.cumsum(count))[plan.batch_ptr])
+
+
+def _loss_counts(
+    start: IntArray,
+    length: IntArray,
+    left_context: IntArray | int,
+    right_context: IntArray | int,
+    whole: IntArray,
+    next_token: bool,
+) -> IntArray:
+    """(P,) tokens of each piece that carry loss: see :meth:`Placement.loss_spans`."""
+    count = length - left_context - right_context
+    return count - (start + length - right_context == whole) if next_token else count
