@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "BucketStream": "streams",
     "Bucketing": "bucketing",
     "Chunking": "chunking",
     "FlattenCollate": "collators",
+    "PackStream": "streams",
     "Packing": "packing",
     "PadCollate": "collators",
     "Padding": "padding",
@@ -23,7 +25,9 @@ _HOME = {
     "PlanBatchSampler": "sampler",
     "SequenceBatch": "batch",
     "SpliceCollate": "collators",
+    "SpliceStream": "streams",
     "Splicing": "splicing",
+    "StreamLoader": "stream_loader",
     "TokenArray": "datasets",
     "collate": "collating",
     "gather_lanes": "ranks",
@@ -36,9 +40,11 @@ _HOME = {
 }
 
 __all__ = [
+    "BucketStream",
     "Bucketing",
     "Chunking",
     "FlattenCollate",
+    "PackStream",
     "Packing",
     "PadCollate",
     "Padding",
@@ -47,7 +53,9 @@ __all__ = [
     "PlanBatchSampler",
     "SequenceBatch",
     "SpliceCollate",
+    "SpliceStream",
     "Splicing",
+    "StreamLoader",
     "TokenArray",
     "__version__",
     "collate",
@@ -76,6 +84,8 @@ if TYPE_CHECKING:
     from seqbatch.sampler import PlanBatchSampler
     from seqbatch.splicing import Splicing
     from seqbatch.stitching import stitch
+    from seqbatch.stream_loader import StreamLoader
+    from seqbatch.streams import BucketStream, PackStream, SpliceStream
 else:
 
     def __getattr__(name: str) -> object:
