@@ -149,11 +149,7 @@ class Stream(IterableDataset[SequenceBatch]):
         """
         if self._loaded is None:
             return [self._begin(self.rank + worker * self.num_replicas) for worker in range(workers)], 0
-        if self._loaded["num_workers"] != workers:
-            raise ValueError(
-                f"the state is of num_workers={self._loaded['num_workers']}, here it is {workers} (0 counts as 1): "
-                "each worker reads a share of its own, so resume with as many, or start the epoch anew"
-            )
+        _check_workers(self._loaded, workers)
         return list(self._loaded["workers"]), self._loaded["turn"]
 
     def state_dict(self, after: SequenceBatch) -> dict[str, Any]:
@@ -172,11 +168,15 @@ class Stream(IterableDataset[SequenceBatch]):
             )
         return dict(after.position)  # type: ignore[arg-type]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, num_workers: int = 1) -> None:
         """Go on after the batch that `state` was taken after; every rank loads its own.
 
+        Args:
+            state: From `state_dict` or ``batch.position``.
+            num_workers: Processes that will read.
+
         Raises:
-            ValueError: a state of another rank, number of ranks, seed, version, or of other settings.
+            ValueError: a state of another rank, number of ranks or workers, seed, version, or of other settings.
         """
         if not isinstance(state, Mapping) or not {"workers", "turn", "epoch", "num_workers"} <= set(state):
             raise ValueError(f"this is no state of a seqbatch stream: {str(state)[:80]}")
@@ -187,6 +187,7 @@ class Stream(IterableDataset[SequenceBatch]):
                 f"the state belongs to another stream: {'; '.join(different)}. Make the stream as it was, give each "
                 "rank its own state, or start anew"
             )
+        _check_workers(state, num_workers)
         self.epoch, self._loaded = check_integer("epoch", state["epoch"], at_least=0), dict(state)
 
     # Running.
@@ -246,3 +247,11 @@ class Stream(IterableDataset[SequenceBatch]):
     @abstractmethod
     def _steps(self, first: int, shards: int, state: State) -> Iterator[Step]:
         """What the shard of items first, first + shards, ... gives after `state`, and at its end once nothing."""
+
+
+def _check_workers(state: Mapping[str, Any], workers: int) -> None:
+    if state["num_workers"] != workers:
+        raise ValueError(
+            f"the state is of num_workers={state['num_workers']}, here it is {workers} (0 counts as 1): each worker "
+            "reads a share of its own, so resume with as many, or start the epoch anew"
+        )

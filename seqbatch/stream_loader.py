@@ -141,13 +141,7 @@ class StreamLoader:
         Raises:
             ValueError: another number of either, or a state of another stream; the message says what differs.
         """
-        before = self.stream.epoch, self.stream._loaded
-        self.stream.load_state_dict(state)
-        try:
-            self.stream.start(self._shards)
-        except ValueError:
-            self.stream.epoch, self.stream._loaded = before
-            raise
+        self.stream.load_state_dict(state, num_workers=self._shards)
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         epoch, self.unused = self.epoch, Unused(0, 0, True)
@@ -200,7 +194,10 @@ class StreamLoader:
                 error = problem
             ranks, loss_tokens, failed = self._exchange(block, error is not None)
             if error is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    error = None  # its traceback holds this frame, and the frame the workers
             if failed:
                 raise RuntimeError(f"{failed} of the {world} ranks failed while reading: their own errors say why")
             steps = int((ranks == world).sum() if self.ends == "until_first" else (ranks > 0).sum())

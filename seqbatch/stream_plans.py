@@ -204,5 +204,4 @@ def _placements(
             next_token=next_token,
             loss_tokens=loss_tokens[number],
             step_loss_tokens=loss_tokens[number],
-            template=int(sequence[0]),
         )

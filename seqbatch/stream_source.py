@@ -68,7 +68,12 @@ class Source:
         """Return item 0, whatever the shard: it shows shapes and dtypes to a rank that has no item of its own."""
         if not self._first:
             items = self._open(epoch)
-            self._first = [items[0] if _indexable(items) else next(iter(items))]
+            self._first = list(islice((items[i] for i in range(len(items))) if _indexable(items) else items, 1))
+        if not self._first:
+            raise ValueError(
+                "another rank has items and this one's source has none: give all ranks the same source, of which each "
+                "takes its share"
+            )
         return self._first[0]
 
     def _open(self, epoch: int) -> Any:
