@@ -168,12 +168,14 @@ class Stream(IterableDataset[SequenceBatch]):
             )
         return dict(after.position)  # type: ignore[arg-type]
 
-    def load_state_dict(self, state: Mapping[str, Any], *, num_workers: int = 1) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, num_workers: int = 1, reset_lanes: bool = False) -> None:
         """Go on after the batch that `state` was taken after; every rank loads its own.
 
         Args:
             state: From `state_dict` or ``batch.position``.
             num_workers: Processes that will read.
+            reset_lanes: Start all lanes anew, and say so in ``batch.reset``: for a stream that carries state, where the
+                recurrent state after that batch is gone.
 
         Raises:
             ValueError: a state of another rank, number of ranks or workers, seed, version, or of other settings.
@@ -189,6 +191,8 @@ class Stream(IterableDataset[SequenceBatch]):
             )
         _check_workers(state, num_workers)
         self.epoch, self._loaded = check_integer("epoch", state["epoch"], at_least=0), dict(state)
+        if reset_lanes:
+            self._loaded["workers"] = [{**worker, "reset": True} for worker in state["workers"]]
 
     # Running.
 

@@ -135,13 +135,17 @@ class StreamLoader:
         """
         return self.stream.state_dict(after)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> None:
         """Go on after the batch that `state` was taken after, on the same rank, with as many ranks and workers.
+
+        Args:
+            state: From `state_dict`.
+            reset_lanes: Start all lanes anew, where the recurrent state of a stream that carries it is gone.
 
         Raises:
             ValueError: another number of either, or a state of another stream; the message says what differs.
         """
-        self.stream.load_state_dict(state, num_workers=self._shards)
+        self.stream.load_state_dict(state, num_workers=self._shards, reset_lanes=reset_lanes)
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         epoch, self.unused = self.epoch, Unused(0, 0, True)

@@ -10,7 +10,7 @@ in workers and on several ranks, and resumes it at any batch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,8 @@ class SpliceStream(Stream):
 
     The items are dealt in the order of the source, each to the lane that ends first, as by
     :class:`~seqbatch.Splicing` without shuffling: a source that should come in another order each epoch is a
-    callable. The buffer holds the open items of the lanes too, whatever their size.
+    callable. The open items of the lanes are held besides the buffer. To go on exactly, the recurrent state after the
+    batch must be saved beside the stream's.
 
     Args:
         source: See :class:`~seqbatch.stream_base.Stream`.
@@ -192,6 +193,9 @@ class SpliceStream(Stream):
             edges = self.strategy.chunk_size * np.arange(1, len(windows.plan) + 1)  # type: ignore[attr-defined]
             begun = np.searchsorted(windows.begin, edges).tolist()
             for number, placement in enumerate(windows.placements(next_token=self.next_token)):
+                if state.get("reset"):
+                    placement = replace(placement, continues=np.zeros_like(placement.continues))
+                    state = {}
                 fetched = self._fetch(buffer.held, placement)
                 yield Step(fetched, buffer.state(begun[number], windows.open_after(number)))
             if len(windows.plan):
@@ -209,7 +213,7 @@ class _Lanes:
         self.numbers: list[int] = []  # items that have not begun
         self.lengths: list[int] = []
         self.passed: list[int] = []  # empty items before each of them
-        self.tokens = 0  # of all items held
+        self.tokens = 0  # of items that have not begun: what is open must be held anyway
         self.at = state["at"]  # the next number to read
         self.empty = state["dropped"].get("empty", [0, 0])[0]
         rows = [[lane, number, start, 0] for lane, number, start in state["open"]]
@@ -226,7 +230,6 @@ class _Lanes:
                     "source does not give: it must give the same items again to be resumed"
                 )
             self.held[number], whole[number] = item, length
-            self.tokens += length
         lengths = np.array([whole[number] for number in self.opened.sequence.tolist()], np.int64)
         if (lengths <= self.opened.start).any():
             raise ValueError("items that were open in the state are shorter now: the source must give the same again")
@@ -265,7 +268,7 @@ class _Lanes:
         self.opened = opened
         kept = {*self.numbers, *opened.sequence.tolist()}
         self.held = {number: item for number, item in self.held.items() if number in kept}
-        self.tokens = sum(self.lengths) + int(opened.whole.sum())
+        self.tokens = sum(self.lengths)
 
 
 def _settings(strategy: type[Strategy], options: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,20 @@ def test_resume_after_every_batch(make, workers):
         assert resumed.epoch == 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_without_the_recurrent_state(workers):
+    """All lanes begin anew in the first batch, and only there; its position stays exact."""
+    whole = list(StreamLoader(KINDS["splice"](items_of(40)), num_workers=workers))
+    loader = StreamLoader(KINDS["splice"](items_of(40)), num_workers=workers)
+    loader.load_state_dict(whole[2].position, reset_lanes=True)
+    rest = list(loader)
+
+    assert whole[3].placement.continues.any()
+    assert rest[0].reset[0].all() and torch.equal(rest[0].data, whole[3].data)
+    assert rest[0].position == whole[3].position
+    assert all(map(same, rest[1:], whole[4:])) and len(rest) == len(whole) - 3
+
+
 @every_kind
 def test_resume_counts_what_was_dropped_once(make):
     """Empty items of a pool that is read again are not counted again."""
