@@ -5,6 +5,7 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from seqbatch.measuring import rows_of
@@ -62,6 +63,9 @@ class Source:
             numbered = islice(enumerate(self._keep_first(iter(items))), min(begin, start), None, shards)
             numbered = ((i, item) for i, item in numbered if i >= start or i in wanted)
         for number, item in numbered:
+            if isinstance(item, np.ndarray | Tensor) and item.ndim:  # the usual case, and the rest is slow
+                yield number, item, len(item)
+                continue
             yield number, _as_arrays(item, self._per_sequence), self._measure(number, item)
 
     def first(self, epoch: int) -> Any:
