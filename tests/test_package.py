@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,16 @@ def test_commands_in_the_readme_exist() -> None:
     assert set(re.findall(r"^ +seqbatch (\w+)", readme, flags=re.M)) <= set(main.commands)
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["own_loop", "lightning_loop", "trainer_loop", "accelerate_loop"])
+def test_the_readme_shows_the_examples(name: str) -> None:
+    """What is shown is what the integration tests run."""
+    code = (ROOT / "examples" / f"{name}.py").read_text()
+    assert f"```python\n{code.rstrip()}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_own_loop_runs() -> None:
+    """The first example needs no framework: it runs here too, and learns."""
+    found = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))
+    assert float(found["losses"] * found["batch"].loss_scale) < 3.0  # guessing is log(128) = 4.85
