@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +119,9 @@ class TokenArray(Dataset[Any]):
         """Send a mapped file to other processes as its name, not its contents."""
         state = dict(self.__dict__)
         tokens = self.tokens
-        if isinstance(tokens, np.memmap) and tokens.filename is not None and isinstance(tokens.base, object):
-            whole = np.memmap(tokens.filename, tokens.dtype, "r", tokens.offset, tokens.shape)
-            if tokens.flags.c_contiguous and len(whole) == len(tokens):
-                state["tokens"] = (str(tokens.filename), tokens.dtype, tokens.offset, tokens.shape)
+        # A slice of a mapped array keeps the whole one's name and offset, but has an array as its base.
+        if isinstance(tokens, np.memmap) and tokens.filename is not None and isinstance(tokens.base, mmap):
+            state["tokens"] = (str(tokens.filename), tokens.dtype, tokens.offset, tokens.shape)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

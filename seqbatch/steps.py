@@ -88,9 +88,7 @@ class RankBatches:
         if self.plan.carry:
             sequence, start, length, place, lane = (columns[n] for n in ("sequence", "start", "length", "step", "lane"))
             if self.held is not None:
-                continues = (
-                    (place == 0) & (self.held[0, lane] == sequence) & (self.held[1, lane] == start) & (start > 0)
-                )
+                continues = (place == 0) & (self.held[0, lane] == sequence) & (self.held[1, lane] == start)
             self.held = _ends(sequence, start + length, place, lane, lanes)
         placement = Placement(
             **columns,

@@ -181,6 +181,8 @@ def test_a_mapped_array_travels_by_name(tmp_path: Path) -> None:
     assert len(pickle.dumps(mapped)) < len(pickle.dumps(DATA)) - DATA.tokens.nbytes // 2
     again = pickle.loads(pickle.dumps(mapped))
     assert isinstance(again.tokens, np.memmap) and np.array_equal(again.tokens, DATA.tokens)
+    part = TokenArray(mapped.tokens[3:9], [0, 2, 6])  # a slice knows the file, but not where in it
+    assert pickle.loads(pickle.dumps(part)).tokens.tolist() == DATA.tokens[3:9].tolist()
     loader = make_loader(mapped, STRATEGIES["packing"], num_workers=1, multiprocessing_context="spawn")
     assert all(torch.equal(a.data, b.data) for a, b in zip(loader, load("packing"), strict=True))
 
