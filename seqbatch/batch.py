@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from seqbatch.placement import LAYOUTS, Placement
 from seqbatch.strategy import check_choice
 
-__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "marks"]
+__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "marks", "padding_of"]
 
 _FORMS = (*LAYOUTS, "packed", "nested")
 _TENSORS = ("data", "mask", "reset", "targets", "loss_mask", "per_sequence")
@@ -42,6 +42,7 @@ class SequenceBatch:
         per_sequence: What was declared to be one value a sequence, by name: stacked, one row a piece.
         placement: Which tokens lie where, as numpy columns sorted by lane and step.
         layout: ``"time_major"``, ``"batch_first"`` or ``"flat"``.
+        padding_value: What cells of `data` without a token hold, or a dict by field.
 
     >>> batch = SequenceBatch.of_sequences([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
     >>> batch.data.tolist(), batch.mask[2].tolist(), batch.lengths.tolist()
@@ -56,8 +57,9 @@ class SequenceBatch:
     mask: Tensor | None = None
     reset: Tensor | None = None
     targets: Tensor | None = None
-    per_sequence: Mapping[str, Any] = field(default_factory=dict)
+    per_sequence: Mapping[Any, Any] = field(default_factory=dict)
     layout: str = "time_major"
+    padding_value: float | Mapping[Any, float] = 0
 
     @staticmethod
     def of_sequences(sequences: list[Any], **options: Any) -> "SequenceBatch":
@@ -182,7 +184,7 @@ class SequenceBatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Send small tensors to another process as bytes: a file handle for each takes ten times as long."""
-        names = (*_TENSORS, "placement", "layout")
+        names = (*_TENSORS, "placement", "layout", "padding_value")
         return {name: map_tensors(_as_bytes, getattr(self, name)) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,10 +199,11 @@ class SequenceBatch:
             values: One row for each cell in the batch's layout, or for each token as a ``PackedSequence`` or
                 nested tensor of the pieces. Gradients flow back.
         """
-        if isinstance(values, PackedSequence):
-            return torch.cat(unpack_sequence(values))
-        if values.is_nested:
-            return values.values()
+        if isinstance(values, PackedSequence) or values.is_nested:
+            flat = torch.cat(unpack_sequence(values)) if isinstance(values, PackedSequence) else values.values()
+            if len(flat) != self.placement.tokens:
+                raise ValueError(f"values have {len(flat)} rows, but the batch has {self.placement.tokens} tokens")
+            return flat
         shape = self.placement.shape(self.layout)
         if values.shape[: len(shape)] != shape:
             raise ValueError(f"values have shape {tuple(values.shape)}, but the {self.layout} batch has {shape} cells")
@@ -228,6 +231,10 @@ class SequenceBatch:
         if form == "flat":
             return flat
         if form == "packed":
+            if not self.placement.length.all():
+                raise ValueError(
+                    "a PackedSequence cannot hold an empty sequence, and this batch has one: use nested or flat"
+                )
             return pack_sequence(list(torch.split(flat, self.placement.length.tolist())), enforce_sorted=False)
         if form == "nested":
             offsets = self._tensor(self.placement.cu_seqlens)
@@ -238,11 +245,15 @@ class SequenceBatch:
         return out.index_copy(0, cells, flat).view(*shape, *flat.shape[1:])
 
     def to_layout(self, layout: str) -> "SequenceBatch":
-        """Return the same batch in another layout; `data` is padded with 0, `targets` with -100."""
+        """Return the same batch in another layout, padded as it was made."""
         check_choice("layout", layout, LAYOUTS)
 
-        def move(values: Tensor) -> Tensor:
-            return self.convert(values, layout)  # type: ignore[return-value]
+        def move(values: Any, key: Any = None) -> Any:
+            if isinstance(values, Mapping):
+                return {name: move(value, name) for name, value in values.items()}
+            if isinstance(values, tuple):
+                return tuple(move(value, index) for index, value in enumerate(values))
+            return self.convert(values, layout, padding_value=padding_of(self.padding_value, key))
 
         targets = self.targets
         if targets is not None:
@@ -250,7 +261,7 @@ class SequenceBatch:
         mask, reset, loss_mask = (flags.to(self.device) for flags in marks(self.placement, layout))
         return replace(
             self,
-            data=map_tensors(move, self.data),
+            data=move(self.data),
             targets=targets,
             loss_mask=loss_mask,
             mask=None if layout == "flat" else mask,
@@ -294,8 +305,10 @@ class SequenceBatch:
 
     def to_lanes(self, state: Any) -> Any:
         """Return the state in which every lane ends: (..., P, H) becomes (..., B, H), zeros in empty lanes."""
-        last = np.append(np.diff(self.placement.lane) != 0, True)[: len(self.placement.lane)]
-        pieces, lanes = self._tensor(np.flatnonzero(last)), self._tensor(self.placement.lane[last])
+        some = np.flatnonzero(self.placement.length)  # an empty piece ends nothing
+        lane = self.placement.lane[some]
+        last = np.append(np.diff(lane) != 0, True)[: len(lane)]
+        pieces, lanes = self._tensor(some[last]), self._tensor(lane[last])
 
         def gather(tensor: Tensor) -> Tensor:
             out = tensor.new_zeros(*tensor.shape[:-2], self.placement.lanes, tensor.shape[-1])
@@ -365,6 +378,17 @@ def marks(
 
 
 _NOTHING = np.empty(0, np.int64)
+
+
+def padding_of(value: float | Mapping[Any, float], key: Any) -> float:
+    """Return what pads a field: -100 for labels, where nothing else is said.
+
+    >>> padding_of(0, "labels"), padding_of({"x": 7}, "x")
+    (-100, 7)
+    """
+    if isinstance(value, Mapping):
+        return value.get(key, -100 if key == "labels" else 0)
+    return -100 if key == "labels" and value == 0 else value
 
 
 def ignored(values: Tensor) -> int:

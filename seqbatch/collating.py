@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seqbatch.batch import SequenceBatch, ignored, marks
+from seqbatch.batch import SequenceBatch, ignored, marks, padding_of
 from seqbatch.datasets import Fetched, Key
 from seqbatch.ordering import IntArray
+from seqbatch.placement import Placement
 
-__all__ = ["as_model_inputs", "collate"]
+__all__ = ["ModelInputs", "as_model_inputs", "collate"]
 
 
 def collate(
@@ -43,12 +44,13 @@ def collate(
             f"collate lays out the pieces that PieceDataset serves, got {type(fetched).__name__}: wrap the dataset in "
             "PieceDataset(dataset), or use PadCollate, FlattenCollate or SpliceCollate for plain items"
         )
+    layout = "batch_first" if as_dict and layout == "time_major" else layout
     placement, columns = fetched.placement, fetched.columns
     shape, targets, flags = placement.shape(layout), None, None
     data: dict[Key, Tensor] = {}
     for key, (given, source) in columns.items():
-        tokens, padding = _as_array(given), _padding(padding_value, key)
-        if flags is None and isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+        tokens, padding = _as_array(given), padding_of(padding_value, key)
+        if flags is None and _is_plain(tokens):
             out = _grid(tokens, shape, padding)
             flags = marks(placement, layout, tokens, source, out)
             data[key] = torch.from_numpy(out.reshape(shape))
@@ -70,11 +72,12 @@ def collate(
         targets=targets,
         per_sequence=fetched.per_sequence,
         layout=layout,
+        padding_value=padding_value,
     )
     return as_model_inputs(batch) if as_dict else batch
 
 
-def as_model_inputs(batch: SequenceBatch) -> dict[str, Any]:
+def as_model_inputs(batch: SequenceBatch) -> "ModelInputs":
     """Return the keyword arguments of Hugging Face models for a batch, as (B, T), or (1, S) if it is flat.
 
     ``input_ids``, ``position_ids`` (from 0 in every piece) and ``labels``: the data's own ``labels``, or the
@@ -99,17 +102,25 @@ def as_model_inputs(batch: SequenceBatch) -> dict[str, Any]:
     counted.view(-1)[inside] = False
     data["labels"] = data.get("labels", data["input_ids"]).masked_fill(~counted, -100)
     data["position_ids"] = batch.position_ids
+    data.pop("attention_mask", None)  # the dataset's own says that a row is one document
     if batch.mask is not None and placement.single:
         data["attention_mask"] = batch.mask.long()
     rows = {name: values[None] for name, values in data.items()} if batch.layout == "flat" else data
     alone = {} if "attention_mask" in data else {"use_cache": False}
-    return rows | alone | dict(batch.per_sequence)
+    inputs = ModelInputs(rows | alone | dict(batch.per_sequence))
+    inputs.placement = placement
+    return inputs
 
 
-def _padding(value: float | Mapping[Any, float], key: Key) -> float:
-    if isinstance(value, Mapping):
-        return value.get(key, -100 if key == "labels" else 0)
-    return -100 if key == "labels" and value == 0 else value
+class ModelInputs(dict[str, Any]):
+    """Keyword arguments for a model that know their place in the epoch, as long as no wrapper copies them."""
+
+    placement: Placement | None = None
+
+    @property
+    def position(self) -> Mapping[str, Any] | None:
+        """As :attr:`SequenceBatch.position`."""
+        return None if self.placement is None else self.placement.position
 
 
 def _place(
@@ -122,7 +133,7 @@ def _place(
     padding: float,
 ) -> Tensor:
     """Return (*shape, ...): row ``source[p] + i`` of `tokens` at cell ``first[p] + i * stride``, for i < `count`."""
-    if isinstance(tokens, np.ndarray) and tokens.ndim == 1:
+    if _is_plain(tokens):
         from seqbatch.fill_kernels import copy_rows
 
         out = _grid(tokens, shape, padding)
@@ -145,9 +156,16 @@ def _as_array(tokens: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
     return tokens
 
 
+def _is_plain(tokens: NDArray[Any] | Tensor) -> TypeGuard[NDArray[Any]]:
+    """Whether the kernels can copy the tokens: a row of numbers that numba knows."""
+    return isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype != np.float16
+
+
 def _grid(tokens: NDArray[Any], shape: tuple[int, ...], padding: float) -> NDArray[Any]:
     """Return the cells of a (S,) field, row by row: integers as int64, as embeddings take them."""
     dtype = np.dtype(np.int64) if tokens.dtype.kind in "iu" else tokens.dtype
+    if dtype.kind == "i" and padding != int(padding):
+        raise ValueError(f"padding_value={padding} cannot pad integers: give a whole number, by field if need be")
     return np.full(math.prod(shape), padding, dtype) if padding else np.zeros(math.prod(shape), dtype)
 
 
@@ -159,9 +177,9 @@ def _ramps(first: IntArray, stride: int, count: IntArray) -> IntArray:
 
 
 def _structure(data: dict[Key, Tensor]) -> Any:
-    """Give fields the shape of the dataset's items: the tokens alone, a tuple, or a dict."""
+    """Give fields the shape of the dataset's items: the tokens alone, a tuple of all, or a dict."""
     if set(data) == {None}:
         return data[None]
-    if all(isinstance(key, int) for key in data):
+    if list(data) == list(range(len(data))):
         return tuple(data.values())
     return data

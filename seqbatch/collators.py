@@ -10,7 +10,7 @@ from seqbatch.batch import SequenceBatch
 from seqbatch.collating import collate
 from seqbatch.datasets import PieceDataset
 from seqbatch.measuring import rows_of
-from seqbatch.placement import PieceIndices, Placement
+from seqbatch.placement import PieceIndices, Placement, wants_targets
 from seqbatch.strategy import check_integer
 
 __all__ = ["FlattenCollate", "PadCollate", "SpliceCollate"]
@@ -32,13 +32,13 @@ class _Collate:
         field = self.fields[0] if self.fields else None
         lengths = np.array([len(rows_of(item, field, i, self.per_sequence)) for i, item in enumerate(items)], np.int64)
         placement = self._place(lengths)
-        target = None if isinstance(self.next_token, bool) else self.next_token
+        target = None if isinstance(self.next_token, bool | np.bool_) else self.next_token
         source = PieceDataset(items, fields=self.fields, per_sequence=self.per_sequence, target=target)
         fetched = source.__getitems__(PieceIndices(placement.sequence.tolist(), placement))
         return collate(fetched, layout=self._layout(), padding_value=self.padding_value, as_dict=self.as_dict)
 
     def _place(self, lengths: Any) -> Placement:
-        return Placement.of_lengths(lengths, next_token=self.next_token is not False)
+        return Placement.of_lengths(lengths, next_token=wants_targets(self.next_token))
 
     def _layout(self) -> str:
         return "flat"
@@ -69,7 +69,9 @@ class PadCollate(_Collate):
         check_integer("pad_to_multiple_of", self.pad_to_multiple_of, at_least=1)
 
     def _place(self, lengths: Any) -> Placement:
-        return Placement.of_lengths(lengths, multiple=self.pad_to_multiple_of, next_token=self.next_token is not False)
+        return Placement.of_lengths(
+            lengths, multiple=self.pad_to_multiple_of, next_token=wants_targets(self.next_token)
+        )
 
     def _layout(self) -> str:
         return "batch_first" if self.batch_first else "time_major"
@@ -114,7 +116,7 @@ class SpliceCollate(_Collate):
             lengths,
             num_lanes=self.num_lanes,
             multiple=self.pad_to_multiple_of,
-            next_token=self.next_token is not False,
+            next_token=wants_targets(self.next_token),
         )
 
     def _layout(self) -> str:

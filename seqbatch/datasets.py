@@ -37,7 +37,7 @@ class Fetched(NamedTuple):
     columns: dict[Key, Column]
     target: Key
     """The field whose next tokens are the targets, where the placement asks for them."""
-    per_sequence: dict[str, Any]
+    per_sequence: dict[Key, Any]
 
 
 class TokenArray(Dataset[Any]):
@@ -57,8 +57,15 @@ class TokenArray(Dataset[Any]):
 
     def __init__(self, tokens: Any, offsets: ArrayLike) -> None:
         if isinstance(tokens, Tensor):
+            if tokens.dtype == torch.bfloat16:
+                raise TypeError("bfloat16 tokens have no numpy type: pass tokens.float() or tokens.half()")
             tokens = tokens.numpy(force=True)
         self.tokens: NDArray[Any] = tokens if isinstance(tokens, np.memmap) else np.asarray(tokens)
+        if self.tokens.dtype.kind not in "iufb" or not self.tokens.dtype.isnative:
+            raise TypeError(
+                f"tokens must be integers, floats or bools in this machine's byte order, got {self.tokens.dtype}: "
+                "convert them, or store the numbers that an encoder gives them"
+            )
         self.offsets: IntArray = np.asarray(offsets).astype(np.int64)
         if self.offsets.ndim != 1 or not len(self.offsets) or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets must be one row of rising integers, N + 1 of them, got {self.offsets}")
@@ -72,6 +79,8 @@ class TokenArray(Dataset[Any]):
     def of_sequences(cls, sequences: Iterable[ArrayLike], dtype: Any = None) -> "TokenArray":
         """Lay sequences end to end."""
         rows = [np.asarray(sequence, dtype) for sequence in sequences]
+        kind = next((row.dtype for row in rows if len(row)), np.dtype(dtype or np.int64))
+        rows = [row if len(row) else row.astype(kind) for row in rows]  # an empty list says nothing of its tokens
         offsets = np.append(0, np.cumsum([len(row) for row in rows], dtype=np.int64))
         return cls(np.concatenate(rows) if rows else np.empty(0, dtype or np.int64), offsets)
 
@@ -161,6 +170,8 @@ class PieceDataset(Dataset[Any]):
             if isinstance(value, str):
                 raise TypeError(f"{name} must be a sequence of names, got the text {value!r}: write [{value!r}]")
         self.dataset = dataset
+        if fields is not None and not len(fields):
+            raise ValueError("fields=[] leaves nothing to serve: name at least one field, or leave fields out")
         self.fields = None if fields is None else tuple(fields)
         self.per_sequence = tuple(per_sequence)
         self.target = target
@@ -187,11 +198,20 @@ class PieceDataset(Dataset[Any]):
         items = dict(zip(distinct, map(self._split, self._items(distinct)), strict=True))
         pieces = [items[index] for index in indices]
         keys = tuple(items[distinct[0]][0])
+        for index, (own, _) in items.items():
+            if set(own) != set(keys):
+                raise ValueError(
+                    f"sequence {index} has the fields {list(own)}, but sequence {distinct[0]} {list(keys)}: all must "
+                    "have the same, or choose with fields=[...]"
+                )
         target = self._target(keys) if placement.next_token else None
         columns = {key: _column(key, items, placement, placement.next_token and key == target) for key in keys}
-        labels = {
-            str(name): default_collate([piece[1][name] for piece in pieces]) for name in self.per_sequence if pieces
+        shown = pieces or list(items.values())  # a rank without a piece has labels too, of no rows
+        labels: dict[Key, Any] = {
+            name: default_collate([piece[1][name] for piece in shown]) for name in self.per_sequence
         }
+        if not pieces:
+            labels = {name: _no_rows(value) for name, value in labels.items()}
         return Fetched(placement, columns, target, labels)
 
     def _items(self, indices: Sequence[int]) -> list[Any]:
@@ -232,7 +252,10 @@ def _column(key: Key, items: dict[int, Any], placement: Placement, one_more: boo
     ends = (np.minimum(ends + 1, placement.whole) if one_more else ends).tolist()
     wholes = dict(zip(sequences, placement.whole.tolist(), strict=True))
     rows = {index: _rows(index, key, item[0][key], wholes.get(index)) for index, item in items.items()}
-    first_index, first = next(iter(rows.items()))
+    first_index, first = next(((index, row) for index, row in rows.items() if len(row)), next(iter(rows.items())))
+    for index, item in items.items():
+        if isinstance(item[0][key], list) and not len(rows[index]):  # an empty list has no dtype
+            rows[index] = first[:0] if isinstance(first, np.ndarray) else np.asarray(first[:0])
     for index, row in rows.items():
         if row.shape[1:] != first.shape[1:] or row.dtype != first.dtype or type(row) is not type(first):
             raise ValueError(
@@ -258,6 +281,13 @@ def _rows(index: int, key: Key, values: Any, whole: int | None) -> Any:
     return rows
 
 
+def _no_rows(values: Any) -> Any:
+    """A collated field, without its one row."""
+    if isinstance(values, Mapping):
+        return {name: _no_rows(value) for name, value in values.items()}
+    return values[:0]
+
+
 def _field(key: Key) -> str:
     return "the item " if key is None else f"field {key!r} "
 
@@ -265,5 +295,6 @@ def _field(key: Key) -> str:
 def _disagrees(index: int, what: str, found: int, planned: int) -> ValueError:
     return ValueError(
         f"sequence {index} has {found} {what}, but lengths[{index}] is {planned}: lengths and data do not belong "
-        "together (a per-sequence field must be declared with per_sequence=[...]); measure the lengths again"
+        "together (a per-sequence field must be declared with per_sequence=[...]); measure the lengths again, without "
+        "their cache"
     )

@@ -1,18 +1,22 @@
 """make_loader: a dataset and a strategy in, a torch DataLoader of :class:`SequenceBatch` out."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from seqbatch.batch import map_tensors
 from seqbatch.collating import collate
 from seqbatch.datasets import PieceDataset
 from seqbatch.measuring import dataset_lengths
-from seqbatch.placement import LAYOUTS
+from seqbatch.placement import LAYOUTS, wants_targets
 from seqbatch.plan import Plan
 from seqbatch.ranks import scatter_lanes
 from seqbatch.sampler import PlanBatchSampler
@@ -20,18 +24,26 @@ from seqbatch.strategy import Strategy, check_choice
 
 __all__ = ["PlanLoader", "make_loader"]
 
-_OURS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn")
+_OURS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn", "in_order")
+
+
+@dataclass
+class _Iteration:
+    """How far one iteration of a loader has come."""
+
+    history: Any  # where it began: the sampler's own object, a new one for every move
+    handed_out: int = 0
 
 
 class PlanLoader(DataLoader[Any]):
     """The ``DataLoader`` that :func:`make_loader` makes: epochs that move on by themselves, and exact resume.
 
-    An iteration that ran to its end moves to the next epoch; `set_epoch` goes to any other.
+    An iteration that handed out its last batch moves to the next epoch; one that is broken off does not, and the
+    next one begins the same epoch anew (or where it was resumed). `set_epoch` goes to any other.
     """
 
     batch_sampler: PlanBatchSampler
-    _handed_out: int = 0  # batches of the last iteration; its workers may have read further
-    _handed_from: Any = None  # where it began: the sampler's own history object, a new one for every move
+    _last: _Iteration = _Iteration(None)  # the iteration that handed out the last batch
 
     @property
     def plan(self) -> Plan:
@@ -52,13 +64,18 @@ class PlanLoader(DataLoader[Any]):
         return self.batch_sampler.steps_done * len(self.batch_sampler.ranks) + len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        epoch, sampler = self.epoch, self.batch_sampler
-        self._handed_out, self._handed_from = 0, sampler._history
-        for batch in self._here() if self.num_workers == 0 and not self.pin_memory else super().__iter__():
-            self._handed_out += 1
-            yield batch
-        if self.epoch == epoch:
-            self.set_epoch(epoch + 1)
+        sampler = self.batch_sampler
+        sampler.rewind()
+        count, mine = len(sampler), _Iteration(sampler._history)
+        batches = self._here() if self.num_workers == 0 and not self.pin_memory else super().__iter__()
+        try:
+            for batch in batches:
+                mine.handed_out += 1
+                self._last = mine
+                yield batch
+        finally:  # also where the caller leaves the loop at the last batch
+            if mine.handed_out == count and mine.history is sampler._history:
+                self.set_epoch(self.epoch + 1)
 
     def _here(self) -> Iterator[Any]:
         """Batches made in this process, without what ``DataLoader`` does for workers: a third of the time."""
@@ -82,9 +99,15 @@ class PlanLoader(DataLoader[Any]):
         if after is not None:
             state = sampler.state_dict(after=after)
         else:
-            here = self._handed_from is sampler._history
-            state = sampler.state_after(self._handed_out // len(sampler.ranks) if here else 0)
-        return state if lanes is None else state | {"lanes": lanes}
+            here = self._last.history is sampler._history
+            state = sampler.state_after(self._last.handed_out // len(sampler.ranks) if here else 0)
+        if after is not None and not getattr(after, "placement", after).update:
+            warnings.warn(
+                "this batch does not end an optimizer step: the gradients accumulated so far are not in the state, and "
+                "a resume would leave them out; save after a batch with batch.update",
+                stacklevel=2,
+            )
+        return state if lanes is None else state | {"lanes": map_tensors(lambda lane: lane.detach().clone(), lanes)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> Any:
         """Go on after the batch that `state` was taken after, with any number of workers and ranks.
@@ -105,9 +128,18 @@ class PlanLoader(DataLoader[Any]):
         lanes = None if reset_lanes else state.get("lanes")
         if lanes is None or not len(sampler):
             return None
+        map_tensors(self._check_lanes, lanes)
         if len(sampler.ranks) > 1:
             return lanes
         return scatter_lanes(lanes, sampler.ranks[0], sampler.num_replicas)
+
+    def _check_lanes(self, lanes: Tensor) -> None:
+        wanted = int(self.plan.lanes[0])
+        if lanes.ndim < 2 or lanes.shape[-2] != wanted:
+            raise ValueError(
+                f"the state's lanes have shape {tuple(lanes.shape)}, but the plan has {wanted} lanes, (..., {wanted}, "
+                "H): save those of all ranks, lanes=seqbatch.gather_lanes(state)"
+            )
 
 
 def make_loader(
@@ -178,6 +210,8 @@ def make_loader(
     if wrong:
         raise ValueError(f"the strategy decides {', '.join(wrong)}: leave it out, and say it in {strategy!r}")
     check_choice("layout", layout, LAYOUTS)
+    if worst_first and not train:
+        raise ValueError("train=False keeps the dataset's order: leave worst_first out")
     if lengths is None or isinstance(lengths, str):
         lengths = dataset_lengths(
             dataset,
@@ -195,7 +229,7 @@ def make_loader(
         rank=rank,
         num_replicas=num_replicas,
         mesh=mesh,
-        next_token=next_token is not False,
+        next_token=wants_targets(next_token),
         accumulation=accumulation,
         cost=cost,
         tail=tail,
@@ -205,7 +239,7 @@ def make_loader(
         raise ValueError(f"there are {len(sampler.lengths)} lengths for a dataset of {len(dataset)} sequences")
     if not train:
         _check_whole(sampler)
-    target = None if isinstance(next_token, bool) else next_token
+    target = None if isinstance(next_token, bool | np.bool_) else next_token
     return PlanLoader(
         PieceDataset(dataset, fields=fields, per_sequence=per_sequence, target=target),
         batch_sampler=sampler,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from seqbatch.lengths import as_lengths
 from seqbatch.ordering import IntArray
 
 __all__ = ["dataset_lengths", "rows_of"]
@@ -54,10 +56,10 @@ def dataset_lengths(
     array([3, 1])
     """
     if column is not None:
-        return np.asarray(dataset[column], np.int64)
+        return as_lengths(np.asarray(dataset[column]))
     own = getattr(dataset, "lengths", None)
     if own is not None and not callable(own):
-        return np.asarray(own, np.int64)
+        return as_lengths(np.asarray(own))
     field = None if fields is None else fields[0]
     fast = _arrow_lengths(dataset, field, per_sequence)
     if fast is not None:
@@ -144,11 +146,8 @@ def _fingerprint(dataset: Any, field: str | int | None, but: Collection[str | in
     sha = sha256(f"{type(dataset).__qualname__} {len(dataset)} {field} {getattr(dataset, '_fingerprint', '')}".encode())
     for index in np.unique(np.linspace(0, max(len(dataset) - 1, 0), _PROBES).astype(int))[: len(dataset)].tolist():
         row = rows_of(dataset[index], field, index, but)
-        sha.update(
-            (
-                row.numpy(force=True) if isinstance(row, Tensor) and row.dtype != torch.bfloat16 else np.asarray(row)
-            ).tobytes()
-        )
+        bits = row.detach().cpu().contiguous().view(-1).view(torch.uint8) if isinstance(row, Tensor) else row
+        sha.update(np.asarray(bits).tobytes())
         sha.update(f" {len(row)} ".encode())
     return sha.hexdigest()
 
@@ -169,7 +168,7 @@ def _read(path: Path, fingerprint: str) -> IntArray | None:
 
 def _write(path: Path, fingerprint: str, lengths: IntArray) -> None:
     header = json.dumps({"format": "seqbatch lengths", "version": 1, "fingerprint": fingerprint})
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             np.savez(file, header=np.array(header), lengths=lengths)

@@ -17,7 +17,7 @@ from seqbatch.ordering import IntArray
 from seqbatch.splicing import deal_lanes
 from seqbatch.strategy import check_choice
 
-__all__ = ["LAYOUTS", "PieceIndices", "Placement"]
+__all__ = ["LAYOUTS", "PieceIndices", "Placement", "wants_targets"]
 
 LAYOUTS = ("time_major", "batch_first", "flat")
 
@@ -166,3 +166,12 @@ class PieceIndices(list[int]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PieceIndices, (list(self), self.placement)
+
+
+def wants_targets(next_token: object) -> bool:
+    """Whether an argument ``next_token`` asks for targets: True, or the name or number of a field.
+
+    >>> wants_targets(False), wants_targets(None), wants_targets(True), wants_targets("input_ids"), wants_targets(0)
+    (False, False, True, True, True)
+    """
+    return next_token is not None and (bool(next_token) if isinstance(next_token, bool | np.bool_) else True)

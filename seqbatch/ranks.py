@@ -122,6 +122,7 @@ def global_loss_tokens(masks: Iterable[Tensor], group: Any = None) -> int:
     """
     count = sum((mask.sum(dtype=torch.int64) for mask in masks), torch.zeros((), dtype=torch.int64))
     if _world_size():
+        count = count.cuda() if dist.get_backend(group) == "nccl" else count
         dist.all_reduce(count, group=group)
     return int(count)
 

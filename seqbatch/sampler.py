@@ -42,6 +42,9 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         tail: ``"split"`` or ``"drop"`` what fills no whole step; see :meth:`seqbatch.Plan.shard`.
         worst_first: Begin with the most expensive step, so that running out of memory shows at once.
 
+    With several ranks the first iteration of an epoch is collective: all ranks compare what they were given. A batch of
+    a plain dataset holds whole sequences, so there the strategy must not cut them.
+
     Raises:
         TypeError, ValueError: settings of the wrong type or range.
 
@@ -91,6 +94,8 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         self._alone = rank is None and mesh is None and self.num_replicas == 1
         self._history: list[tuple[int, int]] = []
         self._reset_lanes = False
+        self._finished: Any = None  # the history object of the last iteration that came to its end
+        self._agreed: Any = None  # that which all ranks were found to agree in
         self._plan: Plan | None = None
         self._steps: Steps | None = None
         self._position: Mapping[str, Any] | None = None
@@ -132,8 +137,12 @@ class PlanBatchSampler(Sampler[PieceIndices]):
     def __iter__(self) -> Iterator[PieceIndices]:
         if self._alone:
             check_still_alone()
+        if self._finished is self._history:
+            self._go_to(self.epoch, [])  # what was loaded has been run: the epoch begins anew
         steps, start, history = self._present_steps(), self.state_after(0), self._history
-        check_ranks_agree(start | {"next_token": self.next_token, "accumulation": self.accumulation}, self._group)
+        if self._agreed is not history:
+            check_ranks_agree(start | {"next_token": self.next_token, "accumulation": self.accumulation}, self._group)
+            self._agreed = history
         self._position = start
         *before, (_, done) = [*history, (self.num_replicas, 0)]
         if history and history[-1][0] == self.num_replicas:
@@ -154,6 +163,11 @@ class PlanBatchSampler(Sampler[PieceIndices]):
                 indices = rank.place(step, common)
                 self._position = position
                 yield indices
+        self._finished = history
+
+    def rewind(self) -> None:
+        """Let the next iteration begin where the loaded state says, even if one came to its end since."""
+        self._finished = None
 
     def _present_steps(self) -> Steps:
         if self._steps is None:

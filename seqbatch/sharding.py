@@ -122,11 +122,13 @@ def _order(
     ties, order_keys, place = words[: len(remaining)], words[len(remaining) : -1], words[-1]
     by_cost = remaining[np.lexsort((ties, _comparable(costs[remaining])))]
     # A random place, around the end too, so that no batch is more likely than another to be left over.
-    at = int(place % np.uint64(max(len(remaining), 1)))
+    # With worst_first not the most expensive one, the last.
+    worst_first = worst_first and not done
+    at = int(place % np.uint64(max(len(remaining) - (num_left if worst_first else 0), 1)))
     left = np.sort((at + np.arange(num_left)) % max(len(remaining), 1))
     groups = np.delete(by_cost, left).reshape(num_groups, num_replicas)
     groups = groups[np.argsort(order_keys, kind="stable")]
-    return _first_the_worst(groups, costs, worst_first and not done), by_cost[left[::-1]]
+    return _first_the_worst(groups, costs, worst_first), by_cost[left[::-1]]
 
 
 def _first_the_worst(groups: IntArray, costs: NDArray[np.float64], wanted: bool) -> IntArray:

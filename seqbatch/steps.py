@@ -68,7 +68,6 @@ class RankBatches:
     ) -> None:
         self.plan, self.lengths, self.next_token = plan, lengths, next_token
         self.batches, self.first, self.end = batches
-        self.sorted = _is_sorted(plan)
         self.template = int(np.argmax(lengths > 0))
         self.block = _Block(0, [], [], [], [], [], {})
         self.held: IntArray | None = None
@@ -104,7 +103,10 @@ class RankBatches:
         return PieceIndices(self.block.indices[part], placement)
 
     def _gather(self, begin: int) -> "_Block":
-        """Look up the pieces of the next steps at once: a rank's lanes of their batches, sorted by lane and step."""
+        """Look up the pieces of the next steps at once: a rank's lanes of their batches.
+
+        Strategies place pieces by lane and step, so they are in order.
+        """
         plan, steps = self.plan, slice(begin, begin + _STEPS)
         batches, first, end = self.batches[steps], self.first[steps], self.end[steps]
         counts = np.diff(plan.batch_ptr)[batches]
@@ -115,9 +117,6 @@ class RankBatches:
         if (end - first != plan.lanes[batches]).any():
             keep = (lane >= 0) & (lane < (end - first)[owner])
             pieces, owner, lane = pieces[keep], owner[keep], lane[keep]
-        if not self.sorted:
-            order = np.lexsort((plan.step[pieces], lane, owner))
-            pieces, lane = pieces[order], lane[order]
         nothing = np.zeros(len(pieces), np.int64)
         columns: dict[str, Any] = {n: getattr(plan, n)[pieces] for n in ("sequence", "start", "length", "step")}
         columns["lane"] = lane
@@ -153,14 +152,6 @@ class _Block(NamedTuple):
     loss_tokens: list[int]
     indices: list[int]  # the sequences of all pieces
     columns: dict[str, Any]  # of all pieces, by name
-
-
-def _is_sorted(plan: Plan) -> bool:
-    """Whether the pieces of every batch come by lane and step."""
-    lane, step = np.diff(plan.lane), np.diff(plan.step)
-    behind = (lane < 0) | ((lane == 0) & (step <= 0))
-    behind[plan.batch_ptr[(plan.batch_ptr > 0) & (plan.batch_ptr < len(plan.lane))] - 1] = False
-    return not behind.any()
 
 
 def _ends(sequence: IntArray, end: IntArray, step: IntArray, lane: IntArray, lanes: int) -> IntArray:

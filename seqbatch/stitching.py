@@ -21,7 +21,8 @@ def stitch(outputs: Iterable[tuple[SequenceBatch, Any]]) -> Iterator[tuple[int, 
             :meth:`SequenceBatch.flatten` takes.
 
     Yields:
-        (sequence, (T_i, ...)): the index in the dataset and one row for each of its tokens.
+        (sequence, (T_i, ...)): the index in the dataset and one row for each of its tokens. Empty sequences are in
+        no batch, so they do not come.
 
     Raises:
         ValueError: the outputs end while sequences are incomplete.
@@ -40,8 +41,9 @@ def stitch(outputs: Iterable[tuple[SequenceBatch, Any]]) -> Iterator[tuple[int, 
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for (sequence, begin, first, end, whole), piece in zip(rows, batch.unbatch(output), strict=True):
             own = piece[first:end]
-            parts.setdefault(sequence, {})[begin] = own
             missing[sequence] = missing.get(sequence, whole) - len(own)
+            # A copy, where the rest comes later: the piece is a view of the outputs of its whole batch.
+            parts.setdefault(sequence, {})[begin] = own.clone() if missing[sequence] else own
             if missing[sequence] == 0:
                 done = parts.pop(sequence)
                 del missing[sequence]

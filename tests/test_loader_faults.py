@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     if Path("/dev/full").exists():
         full = tmp_path / "full"
         full.mkdir()
-        os.symlink("/dev/full", full / f"lengths.npz.{os.getpid()}.partial")
+        os.symlink("/dev/full", full / f"lengths.npz.{platform.node()}.{os.getpid()}.partial")
         with pytest.warns(UserWarning, match="No space left"):
             assert dataset_lengths(ROWS, cache=full / "lengths.npz").tolist() == [3, 1, 4, 2]
         assert not (full / "lengths.npz").exists()
