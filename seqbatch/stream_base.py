@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from seqbatch.batch import SequenceBatch
+from seqbatch.batch import SequenceBatch, map_tensors
 from seqbatch.collating import collate
 from seqbatch.datasets import Fetched, PieceDataset
 from seqbatch.placement import LAYOUTS, PieceIndices, Placement
@@ -152,11 +152,12 @@ class Stream(IterableDataset[SequenceBatch]):
         _check_workers(self._loaded, workers)
         return list(self._loaded["workers"]), self._loaded["turn"]
 
-    def state_dict(self, after: SequenceBatch) -> dict[str, Any]:
+    def state_dict(self, after: SequenceBatch, *, lanes: Any = None) -> dict[str, Any]:
         """Return the state to resume from, after the batch that was trained on last: numbers and short texts.
 
         Args:
             after: A batch of this stream. It knows its own place, so whatever reads ahead does no harm.
+            lanes: For a stream that carries state: the recurrent state of this rank after that batch.
 
         Raises:
             ValueError: something that knows no place, such as a batch of a bare ``DataLoader`` with several workers.
@@ -166,9 +167,10 @@ class Stream(IterableDataset[SequenceBatch]):
                 f"after must be a batch that knows its position, got {type(after).__name__} without one: several "
                 "workers know theirs through StreamLoader"
             )
-        return dict(after.position)  # type: ignore[arg-type]
+        state = dict(after.position)  # type: ignore[arg-type]
+        return state if lanes is None else state | {"lanes": map_tensors(lambda lane: lane.detach().clone(), lanes)}
 
-    def load_state_dict(self, state: Mapping[str, Any], *, num_workers: int = 1, reset_lanes: bool = False) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, num_workers: int = 1, reset_lanes: bool = False) -> Any:
         """Go on after the batch that `state` was taken after; every rank loads its own.
 
         Args:
@@ -177,8 +179,12 @@ class Stream(IterableDataset[SequenceBatch]):
             reset_lanes: Start all lanes anew, and say so in ``batch.reset``: for a stream that carries state, where the
                 recurrent state after that batch is gone.
 
+        Returns:
+            The recurrent state that came along, to be given to the next ``batch.carry_in``, or None.
+
         Raises:
-            ValueError: a state of another rank, number of ranks or workers, seed, version, or of other settings.
+            ValueError: a state of another rank, number of ranks or workers, seed, version, or of other settings; or of
+                sequences in their middle without the recurrent state.
         """
         if not isinstance(state, Mapping) or not {"workers", "turn", "epoch", "num_workers"} <= set(state):
             raise ValueError(f"this is no state of a seqbatch stream: {str(state)[:80]}")
@@ -190,9 +196,16 @@ class Stream(IterableDataset[SequenceBatch]):
                 "rank its own state, or start anew"
             )
         _check_workers(state, num_workers)
+        lanes = None if reset_lanes else state.get("lanes")
+        if lanes is None and not reset_lanes and any(worker.get("open") for worker in state["workers"]):
+            raise ValueError(
+                "a spliced stream goes on in the middle of sequences, so the recurrent state must come along: save "
+                "state_dict(after=batch, lanes=state), or start all lanes anew with reset_lanes=True"
+            )
         self.epoch, self._loaded = check_integer("epoch", state["epoch"], at_least=0), dict(state)
         if reset_lanes:
             self._loaded["workers"] = [{**worker, "reset": True} for worker in state["workers"]]
+        return lanes
 
     # Running.
 

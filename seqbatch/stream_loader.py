@@ -128,24 +128,30 @@ class StreamLoader:
         """Go to the start of `epoch`; no move if it is the present one, which may have been resumed inside."""
         self.stream.set_epoch(epoch)
 
-    def state_dict(self, after: SequenceBatch) -> dict[str, Any]:
+    def state_dict(self, after: SequenceBatch, *, lanes: Any = None) -> dict[str, Any]:
         """Return this rank's state to resume from, after the batch that was trained on last.
 
-        A stream that carries state needs the recurrent state of that batch too, which is saved beside it.
+        Args:
+            after: That batch.
+            lanes: For a stream that carries state: the recurrent state of this rank after the batch.
         """
-        return self.stream.state_dict(after)
+        return self.stream.state_dict(after, lanes=lanes)
 
-    def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, reset_lanes: bool = False) -> Any:
         """Go on after the batch that `state` was taken after, on the same rank, with as many ranks and workers.
 
         Args:
             state: From `state_dict`.
             reset_lanes: Start all lanes anew, where the recurrent state of a stream that carries it is gone.
 
+        Returns:
+            The recurrent state that came along, to be given to the next ``batch.carry_in``, or None.
+
         Raises:
-            ValueError: another number of either, or a state of another stream; the message says what differs.
+            ValueError: another number of either, a state of another stream (the message says what differs), or
+                no recurrent state where sequences are in their middle.
         """
-        self.stream.load_state_dict(state, num_workers=self._shards, reset_lanes=reset_lanes)
+        return self.stream.load_state_dict(state, num_workers=self._shards, reset_lanes=reset_lanes)
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         epoch, self.unused = self.epoch, Unused(0, 0, True)

@@ -46,6 +46,9 @@ def law_disjoint(plan: Plan) -> None:
     assert (plan.step >= 0).all()
     assert (plan.step + plan.length <= plan.steps[batch]).all(), "a piece below its grid"
     order = np.lexsort((plan.step, plan.lane, batch))
+    assert (order == np.arange(len(order))).all(), (
+        "pieces that are not in the order of lanes and steps, as loaders need"
+    )
     same_lane = (np.diff(batch[order]) == 0) & (np.diff(plan.lane[order]) == 0)
     gap = plan.step[order][1:] - (plan.step + plan.length)[order][:-1]
     assert (gap[same_lane] >= 0).all(), "two pieces overlap"

@@ -396,3 +396,12 @@ def test_numpy_seeds_do_not_matter() -> None:
     assert (np.random.get_state()[1][:5].tolist(), torch.get_rng_state().tolist()[:20])[0] == before[0]
     np.random.seed(2)
     assert all(same(x, y) for x, y in zip(a, load("pool sort"), strict=True))
+
+
+def test_stitching_takes_pieces_in_any_order() -> None:
+    """Chunks with context from a shuffled epoch: whole sequences all the same."""
+    loader = seqbatch.make_loader(DATA, Chunking(16, 6, left_context=3, right_context=2))
+    outputs = dict(stitch((batch, batch.data) for batch in loader))
+    assert {i: x.tolist() for i, x in outputs.items()} == {
+        i: tokens_of(i, n).tolist() for i, n in enumerate(LENGTHS.tolist()) if n
+    }

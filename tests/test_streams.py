@@ -157,7 +157,7 @@ def test_resume_after_every_batch(make, workers):
     for done, batch in enumerate(whole, start=1):
         resumed = loader()
         state = json.loads(json.dumps(resumed.state_dict(after=batch)))
-        resumed.load_state_dict(state)
+        assert resumed.load_state_dict(state | {"lanes": done}) == done
         rest = list(resumed)
         assert len(rest) == len(whole) - done
         assert all(map(same, rest, whole[done:]))
@@ -169,7 +169,9 @@ def test_resume_without_the_recurrent_state(workers):
     """All lanes begin anew in the first batch, and only there; its position stays exact."""
     whole = list(StreamLoader(KINDS["splice"](items_of(40)), num_workers=workers))
     loader = StreamLoader(KINDS["splice"](items_of(40)), num_workers=workers)
-    loader.load_state_dict(whole[2].position, reset_lanes=True)
+    with pytest.raises(ValueError, match="the recurrent state must come along"):
+        loader.load_state_dict(whole[2].position)
+    assert loader.load_state_dict(whole[2].position, reset_lanes=True) is None
     rest = list(loader)
 
     assert whole[3].placement.continues.any()
@@ -188,7 +190,7 @@ def test_resume_counts_what_was_dropped_once(make):
     assert whole.dropped["empty"] == (15, 0)
     for batch in batches:
         loader = StreamLoader(make(items, **options))
-        loader.load_state_dict(batch.position)
+        loader.load_state_dict(batch.position | {"lanes": 0})
         list(loader)
         assert loader.dropped == whole.dropped
 
@@ -348,7 +350,7 @@ def run_ends(rank, ends):
             "unused": tuple(loader.unused),
         }
         middle = batches[4]
-        loader.load_state_dict(middle.position)
+        loader.load_state_dict(loader.state_dict(after=middle, lanes=torch.zeros(1)))
         rest = list(loader)
         out[name]["resumed"] = len(rest) == len(batches) - 5 and all(map(same, rest, batches[5:]))
         out[name]["resumed"] &= [b.step_loss_tokens for b in rest] == out[name]["step_loss"][5:]
@@ -487,7 +489,7 @@ def test_a_source_that_changed_is_noticed(changed, message):
     """The open items of a spliced stream must still be there."""
     batch = next(iter(SpliceStream(items_of(40), num_lanes=4, chunk_size=3)))
     stream = SpliceStream(lambda epoch: iter(changed), num_lanes=4, chunk_size=3)
-    stream.load_state_dict(batch.position)
+    stream.load_state_dict(batch.position | {"lanes": 0})
     with pytest.raises(ValueError, match=message):
         list(stream)
 
