@@ -28,14 +28,15 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.installed
+bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.planning.run
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
+	PYTHONPATH=. $(BIN)/python -m experiments.loader_speed.run
 
 # Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py tests/test_loader_gpu.py
 	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.run --device cuda
 
 $(VENV)/bin/python:
