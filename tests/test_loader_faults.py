@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import platform
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from loaders import DATA, LENGTHS, STRATEGIES, load, tokens_of
+from loaders import DATA, LENGTHS, STRATEGIES, expected, load, seen, tokens_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import seqbatch
@@ -319,3 +320,27 @@ def test_pieces_of_plain_indices() -> None:
     """Without a plan's indices the wrapper is the dataset itself."""
     wrapped = PieceDataset(ROWS)
     assert len(wrapped) == 4 and wrapped[2] is ROWS[2] and wrapped.__getitems__([1, 3])[1] is ROWS[3]
+
+
+class Deadly(list):
+    """A dataset whose worker is killed at one item."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.victim and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_is_killed() -> None:
+    """The loop ends with torch's error; resumed after its last batch, nothing is lost and nothing comes twice."""
+    rows = [tokens_of(i, n) for i, n in enumerate(LENGTHS.tolist())]
+    deadly = Deadly(rows)
+    deadly.victim = int(list(load("token budget").batch_sampler)[5][0])
+    loader = make_loader(deadly, STRATEGIES["token budget"], lengths=LENGTHS, num_workers=2)
+    done: list[Any] = []
+    with pytest.raises(RuntimeError, match=r"is killed by signal|exited unexpectedly"):
+        done.extend(batch for batch in loader)
+    assert done
+    again = make_loader(rows, STRATEGIES["token budget"], lengths=LENGTHS)
+    again.load_state_dict(loader.state_dict(after=done[-1]))
+    assert seen([*done, *again]) == expected(again.plan)
