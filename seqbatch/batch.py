@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from seqbatch.placement import LAYOUTS, Placement
 from seqbatch.strategy import check_choice
+from seqbatch.tensors import as_bytes, as_tensors, detach_state, ignored, map_tensors, padding_of
 
-__all__ = ["SequenceBatch", "detach_state", "ignored", "map_tensors", "marks", "padding_of"]
+__all__ = ["SequenceBatch", "marks"]
 
 _FORMS = (*LAYOUTS, "packed", "nested")
 _TENSORS = ("data", "mask", "reset", "targets", "loss_mask", "per_sequence")
-_SMALL = 2**20
 
 
 @dataclass(eq=False, repr=False)  # not frozen, as Placement
@@ -185,10 +185,10 @@ class SequenceBatch:
     def __getstate__(self) -> dict[str, Any]:
         """Send small tensors to another process as bytes: a file handle for each takes ten times as long."""
         names = (*_TENSORS, "placement", "layout", "padding_value")
-        return {name: map_tensors(_as_bytes, getattr(self, name)) for name in names}
+        return {name: map_tensors(as_bytes, getattr(self, name)) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({name: _as_tensors(value) for name, value in state.items()})
+        self.__dict__.update({name: as_tensors(value) for name, value in state.items()})
 
     # Other forms of the same tokens.
 
@@ -378,67 +378,3 @@ def marks(
 
 
 _NOTHING = np.empty(0, np.int64)
-
-
-def padding_of(value: float | Mapping[Any, float], key: Any) -> float:
-    """Return what pads a field: -100 for labels, where nothing else is said.
-
-    >>> padding_of(0, "labels"), padding_of({"x": 7}, "x")
-    (-100, 7)
-    """
-    if isinstance(value, Mapping):
-        return value.get(key, -100 if key == "labels" else 0)
-    return -100 if key == "labels" and value == 0 else value
-
-
-def ignored(values: Tensor) -> int:
-    """Return what a target that does not count holds: the default ``ignore_index`` of ``cross_entropy``."""
-    return 0 if values.is_floating_point() or values.dtype in (torch.bool, torch.uint8) else -100
-
-
-def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
-    """Apply `function` to every tensor in nested dicts, tuples and lists; leave everything else as it is.
-
-    >>> map_tensors(lambda t: t + 1, {"a": torch.tensor(1), "b": [torch.tensor(2), "x"]})
-    {'a': tensor(2), 'b': [tensor(3), 'x']}
-    """
-    if isinstance(values, Tensor):
-        return function(values)
-    if isinstance(values, Mapping):
-        return {name: map_tensors(function, value) for name, value in values.items()}
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(map_tensors(function, value) for value in values))
-    if isinstance(values, list | tuple):
-        return type(values)(map_tensors(function, value) for value in values)
-    return values
-
-
-class _Bytes(NamedTuple):
-    """A tensor on its way to another process."""
-
-    array: NDArray[Any]
-
-
-def _as_bytes(tensor: Tensor) -> Any:
-    small = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.requires_grad
-    plain = tensor.dtype not in (torch.bfloat16, torch.complex32) and not tensor.is_nested
-    return _Bytes(tensor.numpy()) if small and plain and tensor.nbytes <= _SMALL else tensor
-
-
-def _as_tensors(values: Any) -> Any:
-    if isinstance(values, _Bytes):
-        return torch.from_numpy(values.array)
-    if isinstance(values, dict):
-        return {name: _as_tensors(value) for name, value in values.items()}
-    if type(values) in (list, tuple):
-        return type(values)(_as_tensors(value) for value in values)
-    return values
-
-
-def detach_state(state: Any) -> Any:
-    """Return `state` - None, a tensor, or any nest of tensors such as ``(h, c)`` - without its graph.
-
-    >>> detach_state((torch.ones(1, requires_grad=True),))[0].requires_grad
-    False
-    """
-    return map_tensors(Tensor.detach, state)

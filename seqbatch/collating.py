@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seqbatch.batch import SequenceBatch, ignored, marks, padding_of
+from seqbatch.batch import SequenceBatch, marks
 from seqbatch.datasets import Fetched, Key
 from seqbatch.ordering import IntArray
 from seqbatch.placement import Placement
+from seqbatch.tensors import ignored, padding_of
 
 __all__ = ["ModelInputs", "as_model_inputs", "collate"]
 

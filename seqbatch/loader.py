@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from seqbatch.batch import map_tensors
 from seqbatch.collating import collate
 from seqbatch.datasets import PieceDataset
 from seqbatch.measuring import dataset_lengths
@@ -21,6 +20,7 @@ from seqbatch.plan import Plan
 from seqbatch.ranks import scatter_lanes
 from seqbatch.sampler import PlanBatchSampler
 from seqbatch.strategy import Strategy, check_choice
+from seqbatch.tensors import map_tensors
 
 __all__ = ["PlanLoader", "make_loader"]
 

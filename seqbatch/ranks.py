@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqbatch.batch import map_tensors
 from seqbatch.strategy import check_integer
+from seqbatch.tensors import map_tensors
 
 __all__ = [
     "check_ranks_agree",

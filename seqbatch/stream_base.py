@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from seqbatch.batch import SequenceBatch, map_tensors
+from seqbatch.batch import SequenceBatch
 from seqbatch.collating import collate
 from seqbatch.datasets import Fetched, PieceDataset
 from seqbatch.placement import LAYOUTS, PieceIndices, Placement
 from seqbatch.ranks import find_ranks
 from seqbatch.strategy import Strategy, check_choice, check_integer
 from seqbatch.stream_source import Source
+from seqbatch.tensors import map_tensors
 
 __all__ = ["State", "Step", "Stream"]
 

@@ -13,6 +13,7 @@ from loaders import CARRIED, DATA, LENGTHS, STRATEGIES, expected, load, seen, to
 import seqbatch
 from seqbatch import Chunking, PlanBatchSampler, SequenceBatch, Splicing, stitch
 from seqbatch.loader import PlanLoader
+from seqbatch.tensors import detach_state
 
 
 def same(ours: SequenceBatch, others: SequenceBatch) -> bool:
@@ -246,7 +247,7 @@ def test_transparency(name: str, cell: str) -> None:
         at = batch.placement
         for piece, count, sequence, goes_on in zip(batch.unbatch(), counted, at.sequence, at.continues, strict=True):
             alone, end = rnn(embed(piece)[:, None], ends.get(sequence) if goes_on else None)
-            ends[sequence] = seqbatch.batch.detach_state(end)
+            ends[sequence] = detach_state(end)
             outputs.append(alone[:, 0])
             loss = loss + ((alone[:, 0] @ weight) * count).sum() * batch.loss_scale
         wanted = torch.autograd.grad(loss, parameters)
@@ -302,7 +303,7 @@ def test_truncated_backpropagation() -> None:
     for i in range(len(lengths)):
         state = None
         for chunk in torch.from_numpy(data[i]).split(8):
-            output, state = rnn(embed(chunk)[:, None], seqbatch.batch.detach_state(state))
+            output, state = rnn(embed(chunk)[:, None], detach_state(state))
             for sum_, g in zip(wanted, torch.autograd.grad((output**2).sum(), list(rnn.parameters())), strict=True):
                 sum_ += g
     for a, b in zip(total, wanted, strict=True):
@@ -319,7 +320,7 @@ def test_rollouts_with_done_flags() -> None:
     for begin in range(0, 30, 10):
         rollout = slice(begin, begin + 10)
         reset = torch.cat([last_done[None], done[rollout][:-1]])
-        output, state = policy(observations[rollout], seqbatch.batch.detach_state(state), reset=reset)
+        output, state = policy(observations[rollout], detach_state(state), reset=reset)
         outputs.append(output)
         last_done = done[rollout][-1]
     for lane in range(3):
