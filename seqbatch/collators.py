@@ -10,7 +10,7 @@ from seqbatch.batch import SequenceBatch
 from seqbatch.collating import collate
 from seqbatch.datasets import PieceDataset
 from seqbatch.measuring import rows_of
-from seqbatch.placement import PieceIndices, Placement, wants_targets
+from seqbatch.placement import PieceIndices, Placement, targets_of
 from seqbatch.strategy import check_integer
 
 __all__ = ["FlattenCollate", "PadCollate", "SpliceCollate"]
@@ -32,13 +32,14 @@ class _Collate:
         field = self.fields[0] if self.fields else None
         lengths = np.array([len(rows_of(item, field, i, self.per_sequence)) for i, item in enumerate(items)], np.int64)
         placement = self._place(lengths)
-        target = None if isinstance(self.next_token, bool | np.bool_) else self.next_token
-        source = PieceDataset(items, fields=self.fields, per_sequence=self.per_sequence, target=target)
+        source = PieceDataset(
+            items, fields=self.fields, per_sequence=self.per_sequence, target=targets_of(self.next_token)[1]
+        )
         fetched = source.__getitems__(PieceIndices(placement.sequence.tolist(), placement))
         return collate(fetched, layout=self._layout(), padding_value=self.padding_value, as_dict=self.as_dict)
 
     def _place(self, lengths: Any) -> Placement:
-        return Placement.of_lengths(lengths, next_token=wants_targets(self.next_token))
+        return Placement.of_lengths(lengths, next_token=targets_of(self.next_token)[0])
 
     def _layout(self) -> str:
         return "flat"
@@ -70,7 +71,7 @@ class PadCollate(_Collate):
 
     def _place(self, lengths: Any) -> Placement:
         return Placement.of_lengths(
-            lengths, multiple=self.pad_to_multiple_of, next_token=wants_targets(self.next_token)
+            lengths, multiple=self.pad_to_multiple_of, next_token=targets_of(self.next_token)[0]
         )
 
     def _layout(self) -> str:
@@ -116,7 +117,7 @@ class SpliceCollate(_Collate):
             lengths,
             num_lanes=self.num_lanes,
             multiple=self.pad_to_multiple_of,
-            next_token=wants_targets(self.next_token),
+            next_token=targets_of(self.next_token)[0],
         )
 
     def _layout(self) -> str:

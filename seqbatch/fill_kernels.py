@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seqbatch.kernels import compiled
+from seqbatch.compiling import compiled
 from seqbatch.ordering import IntArray
 
 __all__ = ["copy_rows", "lay_pieces", "mark_cells"]

@@ -5,18 +5,14 @@ is in the tests. Compiled code is kept on disk where a folder can be written, so
 second run starts at once.
 """
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from seqbatch.compiling import compiled
 from seqbatch.ordering import IntArray
 
 __all__ = [
     "best_fit",
-    "compiled",
     "cut_batches",
     "draw_keys",
     "first_free",
@@ -27,18 +23,6 @@ __all__ = [
     "pool_keys",
     "read_pool_keys",
 ]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a loop on first use, without the interpreter's lock, and keep it on disk where that can be."""
-    try:
-        kernel: Callable[P, R] = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba found no folder to write to: compile once a process
-        kernel = njit(nogil=True)(function)
-    return kernel
 
 
 @compiled

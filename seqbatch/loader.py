@@ -7,7 +7,6 @@ from dataclasses import fields as dataclass_fields
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from seqbatch.collating import collate
 from seqbatch.datasets import PieceDataset
 from seqbatch.measuring import dataset_lengths
-from seqbatch.placement import LAYOUTS, wants_targets
+from seqbatch.placement import LAYOUTS, targets_of
 from seqbatch.plan import Plan
 from seqbatch.ranks import scatter_lanes
 from seqbatch.sampler import PlanBatchSampler
@@ -221,6 +220,7 @@ def make_loader(
             num_workers=num_workers,
             cache=lengths_cache,
         )
+    wanted, target = targets_of(next_token)
     sampler = PlanBatchSampler(
         strategy if train else _in_order(strategy),
         lengths,
@@ -229,7 +229,7 @@ def make_loader(
         rank=rank,
         num_replicas=num_replicas,
         mesh=mesh,
-        next_token=wants_targets(next_token),
+        next_token=wanted,
         accumulation=accumulation,
         cost=cost,
         tail=tail,
@@ -239,7 +239,6 @@ def make_loader(
         raise ValueError(f"there are {len(sampler.lengths)} lengths for a dataset of {len(dataset)} sequences")
     if not train:
         _check_whole(sampler)
-    target = None if isinstance(next_token, bool | np.bool_) else next_token
     return PlanLoader(
         PieceDataset(dataset, fields=fields, per_sequence=per_sequence, target=target),
         batch_sampler=sampler,

@@ -17,7 +17,7 @@ from seqbatch.ordering import IntArray
 from seqbatch.splicing import deal_lanes
 from seqbatch.strategy import check_choice
 
-__all__ = ["LAYOUTS", "PieceIndices", "Placement", "wants_targets"]
+__all__ = ["LAYOUTS", "PieceIndices", "Placement", "loss_counts", "targets_of"]
 
 LAYOUTS = ("time_major", "batch_first", "flat")
 
@@ -146,10 +146,8 @@ class Placement:
 
         Those outside context; with `next_token` not the last token of a sequence, which has no target.
         """
-        count = self.length - self.left_context - self.right_context
-        if self.next_token:
-            count = count - (self.start + self.length - self.right_context == self.whole)
-        return self.left_context, np.maximum(count, 0)
+        columns = self.start, self.length, self.left_context, self.right_context, self.whole
+        return self.left_context, loss_counts(*columns, self.next_token)
 
     @cached_property
     def single(self) -> bool:
@@ -168,10 +166,29 @@ class PieceIndices(list[int]):
         return PieceIndices, (list(self), self.placement)
 
 
-def wants_targets(next_token: object) -> bool:
-    """Whether an argument ``next_token`` asks for targets: True, or the name or number of a field.
+def targets_of(next_token: str | int | None) -> tuple[bool, str | int | None]:
+    """Return (whether an argument ``next_token`` asks for targets, the field that it names or None).
 
-    >>> wants_targets(False), wants_targets(None), wants_targets(True), wants_targets("input_ids"), wants_targets(0)
-    (False, False, True, True, True)
+    >>> targets_of(False), targets_of(None), targets_of(True), targets_of("input_ids"), targets_of(0)
+    ((False, None), (False, None), (True, None), (True, 'input_ids'), (True, 0))
     """
-    return next_token is not None and (bool(next_token) if isinstance(next_token, bool | np.bool_) else True)
+    if next_token is None or isinstance(next_token, bool | np.bool_):
+        return bool(next_token), None
+    return True, next_token
+
+
+def loss_counts(
+    start: IntArray,
+    length: IntArray,
+    left_context: IntArray | int,
+    right_context: IntArray | int,
+    whole: IntArray,
+    next_token: bool,
+) -> IntArray:
+    """Return (P,) tokens of each piece that carry loss; see :meth:`Placement.loss_spans`.
+
+    >>> loss_counts(np.array([0, 3]), np.array([3, 2]), 0, 0, np.array([5, 5]), next_token=True)
+    array([3, 1])
+    """
+    count = length - left_context - right_context
+    return np.maximum(count - (start + length - right_context == whole), 0) if next_token else count

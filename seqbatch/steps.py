@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqbatch.ordering import IntArray
-from seqbatch.placement import PieceIndices, Placement
+from seqbatch.placement import PieceIndices, Placement, loss_counts
 from seqbatch.plan import BatchPlan, Plan
 
 __all__ = ["RankBatches", "Steps"]
@@ -125,7 +125,7 @@ class RankBatches:
             columns[name] = nothing if column is None else column[pieces]
         columns["whole"] = self.lengths[columns["sequence"]]
         ptr = np.append(0, np.cumsum(np.bincount(owner, minlength=len(batches))))
-        loss = _loss_counts(**{n: columns[n] for n in _LOSS}, next_token=self.next_token)
+        loss = loss_counts(**{n: columns[n] for n in _LOSS}, next_token=self.next_token)
         loss_tokens = np.diff(np.append(0, np.cumsum(loss))[ptr])
         return _Block(
             begin,
@@ -167,18 +167,5 @@ def _loss_tokens(plan: Plan, lengths: IntArray, next_token: bool) -> IntArray:
     left = 0 if plan.left_context is None else plan.left_context
     right = 0 if plan.right_context is None else plan.right_context
     whole = lengths[plan.sequence] if next_token else plan.length
-    count = _loss_counts(plan.start, plan.length, left, right, whole, next_token)
+    count = loss_counts(plan.start, plan.length, left, right, whole, next_token)
     return np.diff(np.append(0, np.cumsum(count))[plan.batch_ptr])
-
-
-def _loss_counts(
-    start: IntArray,
-    length: IntArray,
-    left_context: IntArray | int,
-    right_context: IntArray | int,
-    whole: IntArray,
-    next_token: bool,
-) -> IntArray:
-    """(P,) tokens of each piece that carry loss: see :meth:`Placement.loss_spans`."""
-    count = length - left_context - right_context
-    return count - (start + length - right_context == whole) if next_token else count

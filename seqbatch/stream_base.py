@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from seqbatch.batch import SequenceBatch
 from seqbatch.collating import collate
 from seqbatch.datasets import Fetched, PieceDataset
-from seqbatch.placement import LAYOUTS, PieceIndices, Placement
+from seqbatch.placement import LAYOUTS, PieceIndices, Placement, targets_of
 from seqbatch.ranks import find_ranks
 from seqbatch.strategy import Strategy, check_choice, check_integer
 from seqbatch.stream_source import Source
@@ -81,7 +81,7 @@ class Stream(IterableDataset[SequenceBatch]):
     ) -> None:
         super().__init__()
         check_choice("layout", layout, LAYOUTS)
-        target = None if isinstance(next_token, bool) else next_token
+        self.next_token, target = targets_of(next_token)
         self._serve = PieceDataset({}, fields=fields, per_sequence=per_sequence, target=target)
         self._source = Source(source, fields, per_sequence)
         self.strategy = strategy
@@ -98,7 +98,7 @@ class Stream(IterableDataset[SequenceBatch]):
         self.seed = check_integer("seed", seed, at_least=0)
         self.epoch = check_integer("epoch", epoch, at_least=0)
         self.rank, self.num_replicas, self.group = find_ranks(rank, num_replicas, mesh)
-        self.layout, self.next_token, self.padding_value = layout, next_token is not False, padding_value
+        self.layout, self.padding_value = layout, padding_value
         self._loaded: State | None = None
 
     def _batch_tokens(self) -> int:

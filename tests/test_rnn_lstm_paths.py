@@ -55,7 +55,9 @@ def test_reset_at_0_needs_no_loop() -> None:
     rnn, mask, reset = make(), torch.ones(5, 2, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.bool)
     mask[0] = False
     reset[0] = True
-    rnn(torch.randn(5, 2, 3).double(), state(rnn, 2), reset=reset, mask=mask)
+    x = torch.randn(5, 2, 3).double()
+    output, _ = rnn(x, state(rnn, 2), reset=reset, mask=mask)
+    torch.testing.assert_close(output[1:], nn.LSTM.forward(rnn, x[1:])[0], **EXACT)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -73,7 +75,8 @@ def test_sum_of_half_precision_outputs_may_be_large() -> None:
     rnn = LSTM(3, 32, dtype=torch.float16)
     with torch.no_grad():
         rnn.bias_ih_l0.fill_(9.0)
-    rnn(torch.zeros(60, 60, 3, dtype=torch.float16), mask=torch.ones(60, 60, dtype=torch.bool))
+    output, _ = rnn(torch.zeros(60, 60, 3, dtype=torch.float16), mask=torch.ones(60, 60, dtype=torch.bool))
+    assert output.sum(dtype=torch.float32) > torch.finfo(torch.float16).max
 
 
 def test_no_dropout_in_evaluation() -> None:

@@ -455,6 +455,12 @@ def test_workers_without_stream_loader(monkeypatch):
         list(SpliceStream([], num_lanes=4, chunk_size=2))
 
 
+def test_no_targets_unless_asked_for():
+    """None is no, as in a loader."""
+    batch = next(iter(StreamLoader(KINDS["pack"](items_of(40), next_token=None))))
+    assert batch.targets is None
+
+
 def test_a_state_of_another_stream():
     """The message says what differs, and the loader stays as it was."""
     items = items_of(40)

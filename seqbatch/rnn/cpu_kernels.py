@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numpy.typing import NDArray
+
+from seqbatch.compiling import compiled
 
 __all__ = ["backward", "forward"]
 
@@ -27,11 +29,7 @@ _FAST = {"contract", "arcp", "nsz"}
 
 
 def _compiled(function: Kernel) -> Kernel:
-    try:
-        kernel: Kernel = njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")(function)
-    except RuntimeError:  # numba found no folder to write to: compile once a process
-        kernel = njit(nogil=True, fastmath=_FAST, error_model="numpy")(function)
-    return kernel
+    return compiled(function, fastmath=_FAST, error_model="numpy")
 
 
 def _sigmoid(x: Any) -> Any:

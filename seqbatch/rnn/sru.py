@@ -78,11 +78,9 @@ class SRULayer(nn.Module):
         self.normalize_after, self.projection_size = normalize_after, projection_size
         if rescale is None:
             rescale = version == "v2"
-        self.scale = (
-            math.sqrt(1 + 2 * math.exp(highway_bias))
-            if rescale is True
-            else (1.0 if rescale is False else float(rescale))
-        )
+        # True and False are 1.0 and 0.0 as numbers, so they come first.
+        alpha = math.sqrt(1 + 2 * math.exp(highway_bias)) if rescale is True else 1.0 if rescale is False else rescale
+        self.scale = float(alpha)
         columns = self.output_size = hidden_size * (1 + bidirectional)
         self.planes = 4 if highway and input_size != columns else 3
         factory = {"device": device, "dtype": dtype}
