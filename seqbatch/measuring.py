@@ -2,11 +2,9 @@
 
 import json
 import os
-import platform
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import IntArray
+from seqbatch.planfile import replacing
 
 __all__ = ["dataset_lengths", "rows_of"]
 
@@ -168,13 +167,8 @@ def _read(path: Path, fingerprint: str) -> IntArray | None:
 
 def _write(path: Path, fingerprint: str, lengths: IntArray) -> None:
     header = json.dumps({"format": "seqbatch lengths", "version": 1, "fingerprint": fingerprint})
-    partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, header=np.array(header), lengths=lengths)
-        partial.replace(path)
     except OSError as error:
         warnings.warn(f"the measured lengths could not be kept in {path} ({error})", stacklevel=3)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

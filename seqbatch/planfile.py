@@ -8,15 +8,17 @@ import json
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VERSION", "narrow", "read", "write"]
+__all__ = ["VERSION", "narrow", "read", "replacing", "write"]
 
 VERSION = 2
 
@@ -26,15 +28,22 @@ def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings
     sizes = {name: len(array) for name, array in arrays.items()}
     content = {"format": "seqbatch plan", "version": VERSION, "sizes": sizes, "settings": settings}
     header = json.dumps(content | {"checksum": _checksum(settings)})
+    with replacing(path) as file:
+        np.savez(file, allow_pickle=False, header=np.array(header), **{k: narrow(v) for k, v in arrays.items()})
+
+
+@contextmanager
+def replacing(path: "str | PathLike[str]") -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of `path` when the block ends without an error, and never half written."""
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is no folder to write {target.name} to")
-    # A name of its own, since several ranks may save the same plan at once.
+    # A name of its own, since several ranks may write the same file at once.
     handle, name = tempfile.mkstemp(prefix=target.name, suffix=".partial", dir=target.parent)
     partial = Path(name)
     try:
         with open(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, header=np.array(header), **{k: narrow(v) for k, v in arrays.items()})
+            yield file
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 import multiprocessing as mp
 import os
-import platform
 import signal
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -212,17 +212,19 @@ def test_measured_lengths_are_kept(tmp_path: Path) -> None:
     assert dataset_lengths(Unread(many[:-1]), cache=tmp_path / "many.npz").shape == (499,)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A warning, and the lengths all the same; a broken file is measured again."""
     with pytest.warns(UserWarning, match="could not be kept in"):
         assert dataset_lengths(ROWS, cache=tmp_path / "no folder" / "lengths.npz").tolist() == [3, 1, 4, 2]
     if Path("/dev/full").exists():
         full = tmp_path / "full"
         full.mkdir()
-        os.symlink("/dev/full", full / f"lengths.npz.{platform.node()}.{os.getpid()}.partial")
+        disk = os.open("/dev/full", os.O_RDWR), str(full / "lengths.npz.partial")
+        monkeypatch.setattr(tempfile, "mkstemp", lambda **_: disk)
         with pytest.warns(UserWarning, match="No space left"):
             assert dataset_lengths(ROWS, cache=full / "lengths.npz").tolist() == [3, 1, 4, 2]
         assert not (full / "lengths.npz").exists()
+        monkeypatch.undo()
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not a file")
     assert dataset_lengths(ROWS, cache=tmp_path / "broken.npz").tolist() == [3, 1, 4, 2]
     assert dataset_lengths(ROWS, cache=tmp_path / "broken.npz").tolist() == [3, 1, 4, 2]
