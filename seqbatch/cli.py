@@ -6,16 +6,23 @@ import is imported where it is used.
 """
 
 import ast
-import functools
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from seqbatch import __version__
+from seqbatch.command_line import (
+    check_plot,
+    failing_readably,
+    numbers,
+    output,
+    print_rows,
+    read,
+    source,
+    strategy_names,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,69 +31,6 @@ if TYPE_CHECKING:
     from seqbatch.strategy import Strategy
 
 __all__ = ["main"]
-
-JSON_VERSION = 1
-_INPUT = click.Path(exists=True, dir_okay=False, allow_dash=True)
-
-
-def _failing_readably(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors that a user can cause into a message and exit status 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except BrokenPipeError:
-            raise
-        except (ValueError, TypeError, OSError, ModuleNotFoundError, OverflowError, RecursionError) as error:
-            raise click.ClickException(str(error)) from error
-        except MemoryError as error:
-            raise click.ClickException(f"not enough memory: {error}; smaller batch sizes take less") from error
-
-    return run
-
-
-def _numbers(kind: Callable[[str], Any], how_many: int | None = None) -> Callable[..., Any]:
-    """A click callback that reads comma-separated numbers."""
-
-    def read(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
-        if text is None:
-            return None
-        try:
-            values = tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            values = ()
-        if any(value < 1 if kind is int else not abs(value) < float("inf") for value in values):
-            raise click.BadParameter(
-                f"expected {'numbers from 1 up' if kind is int else 'finite numbers'}, got {text!r}"
-            )
-        if not values or (how_many is not None and len(values) != how_many):
-            wanted = f"{how_many} numbers" if how_many else "whole numbers"
-            raise click.BadParameter(f"expected {wanted} separated by commas, got {text!r}")
-        return values
-
-    return read
-
-
-def _source(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where lengths come from."""
-    options = [
-        click.argument("lengths", required=False, type=_INPUT),
-        click.option("--corpus", metavar="NAME", help="Lengths that come with seqbatch; see 'seqbatch stats --list'."),
-        click.option("--column", help="Column of a csv, jsonl or parquet file."),
-        click.option(
-            "--unit", type=click.Choice(["words", "characters", "bytes"]), help="Measure the lines of a text."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _output(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how rows are printed."""
-    command = click.option("--csv", "form", flag_value="csv", help="Print CSV.")(command)
-    return click.option("--json", "form", flag_value="json", help="Print one JSON document.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,10 +44,10 @@ def main() -> None:
 
 
 @main.command()
-@_source
-@_output
+@source
+@output
 @click.option("--list", "list_corpora", is_flag=True, help="Name the corpora that come with seqbatch.")
-@_failing_readably
+@failing_readably
 def stats(
     lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None, list_corpora: bool
 ) -> None:
@@ -117,7 +61,7 @@ def stats(
     if list_corpora:
         click.echo("\n".join(corpus_names()))
         return
-    array = _read(lengths, corpus, column, unit)
+    array = read(lengths, corpus, column, unit)
     values: dict[str, float] = describe(array)
     for size in (2, 8, 32, 128):
         if size <= len(array):
@@ -129,18 +73,18 @@ def stats(
         click.echo(f"no distribution fitted: {error}", err=True)
     # Objects, so that counts stay whole numbers.
     rows = pd.DataFrame({"what": list(values), "value": pd.Series(list(values.values()), dtype=object)})
-    _print(rows, form)
+    print_rows(rows, form)
 
 
 @main.command()
-@_source
-@_output
+@source
+@output
 @click.option(
-    "--gamma", callback=_numbers(float, 2), metavar="SHAPE,SCALE", help="Draw lengths from a gamma distribution."
+    "--gamma", callback=numbers(float, 2), metavar="SHAPE,SCALE", help="Draw lengths from a gamma distribution."
 )
-@click.option("--lognormal", callback=_numbers(float, 2), metavar="MU,SIGMA", help="Draw lengths from a lognormal.")
+@click.option("--lognormal", callback=numbers(float, 2), metavar="MU,SIGMA", help="Draw lengths from a lognormal.")
 @click.option("-n", "count", type=click.IntRange(1), default=100_000, show_default=True, help="Lengths to draw.")
-@click.option("--batch-sizes", callback=_numbers(int), default="1,2,4,8,16,32,64,128,256", show_default=True)
+@click.option("--batch-sizes", callback=numbers(int), default="1,2,4,8,16,32,64,128,256", show_default=True)
 @click.option(
     "--strategies", default="all", show_default=True, metavar="all|NAME,...", help="Which strategies to count."
 )
@@ -156,11 +100,11 @@ def stats(
 )
 @click.option("--ranks", type=click.IntRange(1), default=8, show_default=True, help="Ranks that share the batches.")
 @click.option(
-    "--cost", callback=_numbers(float, 2), default="1,0", show_default=True, metavar="A,B", help="Cost a*l + b*l^2."
+    "--cost", callback=numbers(float, 2), default="1,0", show_default=True, metavar="A,B", help="Cost a*l + b*l^2."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw efficiency and predicted throughput into FILE.")
-@_failing_readably
+@failing_readably
 def simulate(
     lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None,
     gamma: tuple[float, float] | None, lognormal: tuple[float, float] | None, count: int,
@@ -171,16 +115,12 @@ def simulate(
 
     The device model's defaults put its knee at 50 lanes; they are no measurement.
     """
-    if plot and Path(plot).suffix not in (".png", ".svg", ".pdf"):
-        raise click.BadParameter(f"FILE must end in .png, .svg or .pdf, got {plot!r}", param_hint="--plot")
-    from seqbatch.simulate import STRATEGIES, DeviceModel
+    check_plot(plot)
+    from seqbatch.simulate import DeviceModel
     from seqbatch.simulate import simulate as run
 
-    names = list(STRATEGIES) if strategies == "all" else strategies.split(",")
-    for name in names:
-        if name not in STRATEGIES:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
-    array = _draw_or_read(lengths, corpus, column, unit, gamma, lognormal, count, seed)
+    names = strategy_names(strategies, ())
+    array = _draw_orread(lengths, corpus, column, unit, gamma, lognormal, count, seed)
     device = DeviceModel(batch_us, step_us, cell_ns)
     frame = run(
         array, strategies=names, batch_sizes=batch_sizes, chunk_size=chunk_size, device=device,
@@ -188,18 +128,18 @@ def simulate(
     )  # fmt: skip
     if plot:
         _plot(frame, array, device, plot)
-    _print(frame if form else frame.drop(columns=["tokens", "settings"]), form)
+    print_rows(frame if form else frame.drop(columns=["tokens", "settings"]), form)
 
 
 @main.command()
-@_source
-@_output
+@source
+@output
 @click.option("--strategy", metavar="CALL", help='Settings as in Python, such as "Bucketing(max_tokens=16384)".')
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--epoch", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the plan to FILE (.npz).")
 @click.option("--show", type=click.Path(exists=True, dir_okay=False), help="Describe a plan that --out wrote.")
-@_failing_readably
+@failing_readably
 def plan(
     lengths: str | None, corpus: str | None, column: str | None, unit: str | None, form: str | None,
     strategy: str | None, seed: int, epoch: int, out: str | None, show: str | None,
@@ -215,12 +155,12 @@ def plan(
         raise click.UsageError('say how to batch, such as --strategy "Bucketing(max_tokens=16384)", or use --show FILE')
     else:
         settings = _parse_strategy(strategy)
-        made = settings.plan(_read(lengths, corpus, column, unit), seed=seed, epoch=epoch)
+        made = settings.plan(read(lengths, corpus, column, unit), seed=seed, epoch=epoch)
     if out is not None:
         made.save(out)
     click.echo(f"{made!r}\ndigest {made.digest}, dropped {len(made.dropped)} pieces", err=form is not None)
     if out is None or form:
-        _print(made.to_frame().reset_index(), form)
+        print_rows(made.to_frame().reset_index(), form)
 
 
 def _parse_strategy(text: str) -> "Strategy":
@@ -242,26 +182,14 @@ def _parse_strategy(text: str) -> "Strategy":
     return strategy
 
 
-def _read(path: str | None, corpus: str | None, column: str | None, unit: str | None) -> "IntArray":
-    from seqbatch.lengths import corpus_names, load_corpus, read_lengths
-
-    if (path is None) == (corpus is None):
-        raise click.UsageError("give either a file of LENGTHS or --corpus NAME (one of them)")
-    if corpus is None:
-        return read_lengths(str(path), column=column, unit=unit)
-    if corpus not in corpus_names():
-        raise click.BadParameter(f"{corpus!r} is none of {', '.join(corpus_names())}", param_hint="--corpus")
-    return load_corpus(corpus)
-
-
-def _draw_or_read(
+def _draw_orread(
     path: str | None, corpus: str | None, column: str | None, unit: str | None,
     gamma: tuple[float, float] | None, lognormal: tuple[float, float] | None, count: int, seed: int,
 ) -> "IntArray":  # fmt: skip
     from seqbatch import distributions
 
     if gamma is None and lognormal is None:
-        return _read(path, corpus, column, unit)
+        return read(path, corpus, column, unit)
     if path or corpus or (gamma and lognormal):
         raise click.UsageError("give one of LENGTHS, --corpus, --gamma and --lognormal")
     drawn = distributions.gamma(*gamma) if gamma else distributions.lognormal(*lognormal or ())
@@ -269,26 +197,9 @@ def _draw_or_read(
     return array
 
 
-def _print(frame: "pd.DataFrame", form: str | None) -> None:
-    """Print rows as a table, as CSV, or as JSON with a version and null for what is not known."""
-    if form == "json":
-        rows = json.loads(frame.to_json(orient="records", double_precision=15))
-        click.echo(json.dumps({"version": JSON_VERSION, "rows": rows}, indent=1))
-    elif form == "csv":
-        click.echo(frame.to_csv(index=False), nl=False)
-    else:
-        click.echo(frame.to_string(index=False, na_rep="-", float_format=_short))
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
-
-
 def _plot(frame: "pd.DataFrame", lengths: "IntArray", device: Any, path: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'seqbatch[plot]'") from None
+    from matplotlib.figure import Figure
+
     from seqbatch.plots import plot_efficiency, plot_throughput
 
     figure = Figure(figsize=(13, 4.8), layout="constrained")

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from seqbatch.files import replacing
 from seqbatch.lengths import as_lengths
 from seqbatch.ordering import IntArray
-from seqbatch.planfile import replacing
 
 __all__ = ["dataset_lengths", "rows_of"]
 

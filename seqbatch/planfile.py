@@ -5,20 +5,18 @@ them: a plan of a million sequences takes 12 MB.
 """
 
 import json
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from os import PathLike
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VERSION", "narrow", "read", "replacing", "write"]
+from seqbatch.files import replacing
+
+__all__ = ["VERSION", "narrow", "read", "write"]
 
 VERSION = 2
 
@@ -30,23 +28,6 @@ def write(path: "str | PathLike[str]", arrays: dict[str, NDArray[Any]], settings
     header = json.dumps(content | {"checksum": _checksum(settings)})
     with replacing(path) as file:
         np.savez(file, allow_pickle=False, header=np.array(header), **{k: narrow(v) for k, v in arrays.items()})
-
-
-@contextmanager
-def replacing(path: "str | PathLike[str]") -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of `path` when the block ends without an error, and never half written."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder to write {target.name} to")
-    # A name of its own, since several ranks may write the same file at once.
-    handle, name = tempfile.mkstemp(prefix=target.name, suffix=".partial", dir=target.parent)
-    partial = Path(name)
-    try:
-        with open(handle, "wb") as file:
-            yield file
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: "str | PathLike[str]") -> tuple[dict[str, Any], dict[str, Any]]:

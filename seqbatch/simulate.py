@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from seqbatch.bucketing import Bucketing
 from seqbatch.chunking import Chunking
@@ -26,7 +26,7 @@ from seqbatch.strategy import Strategy, check_choice, check_integer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["STRATEGIES", "DeviceModel", "rank_balance", "re_meeting", "simulate"]
+__all__ = ["STRATEGIES", "DeviceModel", "rank_balance", "re_meeting", "simulate", "sized"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,15 @@ class DeviceModel:
         """The number of lanes from which on cells cost more than steps."""
         return 1e3 * self.step_us / self.cell_ns if self.cell_ns else float("inf")
 
+    def times(self, steps: ArrayLike, cells: ArrayLike) -> NDArray[np.float64]:
+        """Return the seconds of batches of so many steps and cells each."""
+        steps, cells = np.asarray(steps, np.float64), np.asarray(cells, np.float64)
+        times: NDArray[np.float64] = 1e-6 * (self.batch_us + steps * self.step_us) + 1e-9 * cells * self.cell_ns
+        return times
+
     def seconds(self, plan: Plan) -> float:
         """Return how long the batches of `plan` take, one after another."""
-        steps = int(plan.steps.sum())
-        return 1e-6 * (len(plan) * self.batch_us + steps * self.step_us) + 1e-9 * plan.cells * self.cell_ns
+        return float(self.times(plan.steps, plan.steps * plan.lanes).sum())
 
 
 class _Scale(NamedTuple):
@@ -145,7 +150,7 @@ def simulate(
     strategies = [strategies] if isinstance(strategies, str) else strategies
     sizes = [check_integer("a batch size", size, at_least=1) for size in batch_sizes]
     check_integer("num_replicas", num_replicas, at_least=1)
-    jobs = list(_jobs(array[array > 0], strategies, sizes, chunk_size))
+    jobs = list(sized(array[array > 0], strategies, sizes, chunk_size))
     device = device or DeviceModel()
     bar = tqdm(jobs, disable=None if progress else True, unit="plan", leave=False)
     return pd.DataFrame(
@@ -189,9 +194,10 @@ def _budget(strategy: Strategy, plan: Plan) -> tuple[int, int]:
     return strategy.max_tokens if strategy.cost == (1.0, 0.0) else 0, over
 
 
-def _jobs(
+def sized(
     lengths: ArrayLike, strategies: Iterable[str | Strategy], sizes: Sequence[int], chunk_size: int
 ) -> Iterable[tuple[str, int | None, Strategy]]:
+    """Yield (name, batch size, strategy): each name of `strategies` at each size, strategies themselves once."""
     array = np.asarray(lengths)
     if not len(array):
         raise ValueError("every sequence is empty: there is nothing to plan")
