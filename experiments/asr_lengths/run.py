@@ -6,7 +6,7 @@ python -m experiments.asr_lengths.run [--device cpu|cuda] [--dtype float32|bfloa
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -135,9 +135,8 @@ def _spread(name: str, values: list[float], digits: int) -> dict[str, float]:
     }
 
 
-def checked(row: Row, setting: Setting, utterances: int) -> dict[str, Any]:
+def checked(row: Row, data: Utterances, setting: Setting, utterances: int) -> dict[str, Any]:
     """How far the outputs of one mean batch are from those of each utterance alone, float64, both directions apart."""
-    data = Utterances(setting.lengths(), setting.features, CLASSES, torch.float64)
     batches = Batches(row, data, utterances)
     mean = np.mean([p.tokens for p in batches.placements])
     number = int(np.argmin([abs(p.tokens - mean) for p in batches.placements]))
@@ -184,26 +183,27 @@ def show(row: dict[str, Any]) -> str:
     return f"{name:42} {rate}, efficiency {{plan_efficiency:.3f}}, data {{data_share:.1%}}, {off}".format(**row)
 
 
-def measure_memory(setting: Setting) -> list[dict[str, Any]]:
-    """Peak memory growth of every row."""
-    rows = []
-    for row in tqdm(ROWS, desc="memory", disable=None):
+def measure_memory(chosen: list[Row], setting: Setting) -> Iterator[dict[str, Any]]:
+    """Yield peak memory growth of each row."""
+    for row in tqdm(chosen, desc="memory", disable=None):
         mib = peak(row, setting)
-        rows.append({"plan": row.plan, "form": row.form, "cell": row.cell, "peak_mib": mib and round(mib, 1)})
-        print(f"{row.name:42} {rows[-1]['peak_mib']} MiB")
-    return rows
+        mib = None if mib is None else round(mib, 1)
+        print(f"{row.name:42} {mib} MiB")
+        yield {"plan": row.plan, "form": row.form, "cell": row.cell, "peak_mib": mib}
 
 
-def measure_time(setting: Setting, turns: int, quick: bool) -> list[dict[str, Any]]:
-    """Speed and exactness of every row."""
-    data = Utterances(setting.lengths(), setting.features, CLASSES)
-    trainings = [Training(row, Batches(row, data, setting.utterances), setting) for row in ROWS]
+def measure_time(chosen: list[Row], setting: Setting, turns: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield speed and exactness of each row."""
+    data, double = (
+        Utterances(setting.lengths(), setting.features, CLASSES, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    trainings = [Training(row, Batches(row, data, setting.utterances), setting) for row in chosen]
     samples = [balanced_sample(training.batches.placements, 1 if quick else BATCHES) for training in trainings]
     rows = timed_rows(trainings, samples, turns)
-    for row, found in zip(ROWS, tqdm(rows, desc="checks", disable=None), strict=True):
-        found |= checked(row, setting, 4 if quick else setting.utterances)
+    for row, found in zip(chosen, tqdm(rows, desc="checks", disable=None), strict=True):
+        found |= checked(row, double, setting, 4 if quick else setting.utterances)
         print(show(found))
-    return rows
+        yield found
 
 
 @click.command(help=__doc__)
@@ -214,17 +214,18 @@ def measure_time(setting: Setting, turns: int, quick: bool) -> list[dict[str, An
 @click.option("--turns", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--memory", is_flag=True, help="Peak memory in place of speed.")
 @click.option("--keep-denormals", is_flag=True, help="Compute with denormal numbers, as torch does by default.")
+@click.option("--form", "forms", multiple=True, help='Only rows of this form, such as "mask"; may be repeated.')
 @click.option("--quick", is_flag=True, help="Small layers, one batch, one turn; writes nothing.")
-def main(quick: bool, turns: int, memory: bool, keep_denormals: bool, **options: Any) -> None:
+def main(quick: bool, turns: int, memory: bool, keep_denormals: bool, forms: tuple[str, ...], **options: Any) -> None:
     """Measure every row and write results-<device>.csv."""
     torch.set_num_threads(THREADS)
     if not keep_denormals:  # before the first parallel work: new threads do as this one
         torch.set_flush_denormal(True)
     kept = "kept" if keep_denormals else "flushed"
     setting = Setting(**options, units=32 if quick else 256, denormals=kept)
-    rows = measure_memory(setting) if memory else measure_time(setting, 1 if quick else turns, quick)
-    if quick:
-        return
+    chosen = [row for row in ROWS if not forms or row.form in forms]
+    if not chosen:
+        raise click.UsageError(f"no row has one of the forms {forms}: choose from {sorted({r.form for r in ROWS})}")
     where = "cpu" if setting.device == "cpu" else torch.cuda.get_device_name().replace(" ", "-").lower()
     others = {"dtype": setting.dtype, "subsample": setting.subsample, "denormals": kept}
     usual = {"dtype": "float32", "subsample": 4, "denormals": "flushed"}
@@ -232,7 +233,14 @@ def main(quick: bool, turns: int, memory: bool, keep_denormals: bool, **options:
         ["memory" if memory else "results", where, *(f"{k}-{v}" for k, v in others.items() if v != usual[k])]
     )
     record = asdict(setting) | environment() | {"torch": torch.__version__, "threads": THREADS, "where": where}
-    write_rows(HERE / f"{name}.csv", [found | record for found in rows])
+    found = measure_memory(chosen, setting) if memory else measure_time(chosen, setting, 1 if quick else turns, quick)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in found:
+            rows.append(row | record)
+    finally:  # Ctrl-C leaves the rows that are finished
+        if rows and not quick:
+            write_rows(HERE / f"{name}.csv", rows)
 
 
 if __name__ == "__main__":
