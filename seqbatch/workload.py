@@ -1,6 +1,7 @@
 """What `compare` times: forward and backward of a recurrent net over the batches of a plan."""
 
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from seqbatch.batch import SequenceBatch
 from seqbatch.measure import Job
 from seqbatch.ordering import IntArray
 from seqbatch.plan import Plan
+from seqbatch.rnn.lstm import RAGGED, ragged_ends
 from seqbatch.strategy import check_choice, check_integer
 
 __all__ = ["CELLS", "VOCABULARY", "Workload"]
@@ -87,15 +89,23 @@ class Workload:
         return "nn.LSTM cannot clear the carried state of single lanes" if plan.carry else ""
 
     def effort(self, plan: Plan) -> tuple[IntArray, IntArray]:
-        """Return the steps and the cells that each batch costs: an LSTM inserts a step for each reset in a lane."""
-        steps = plan.steps.copy()
-        if self.cell == "lstm" and len(plan):
-            batch = np.repeat(np.arange(len(plan)), np.diff(plan.batch_ptr))
-            first = np.cumsum(plan.lanes) - plan.lanes
-            inside = plan.step > 0
-            resets = np.bincount(first[batch[inside]] + plan.lane[inside], minlength=int(plan.lanes.sum()))
-            steps += np.maximum.reduceat(resets, first)
-        return steps, steps * plan.lanes
+        """Return the steps and the cells that each batch costs.
+
+        An LSTM inserts a step for each reset in a lane, and on CPU leaves out lanes that have ended.
+        """
+        if self.cell != "lstm" or not len(plan):
+            return plan.steps, plan.steps * plan.lanes
+        batch = np.repeat(np.arange(len(plan)), np.diff(plan.batch_ptr))
+        first = np.cumsum(plan.lanes) - plan.lanes
+        lane = first[batch] + plan.lane
+        resets = np.bincount(lane[plan.step > 0], minlength=int(plan.lanes.sum()))
+        steps = plan.steps + np.maximum.reduceat(resets, first)
+        cells = steps * plan.lanes
+        if self.device.type == "cpu":
+            held = np.bincount(lane, plan.length, minlength=len(resets)).astype(np.int64)
+            for i in np.flatnonzero(steps == plan.steps):
+                steps[i], cells[i] = _run(held[first[i] : first[i] + plan.lanes[i]], int(steps[i]))
+        return steps, cells
 
     def train(self, batch: SequenceBatch, state: Any = None) -> Any:
         """Run a batch of tokens forward and backward, and return the state after it."""
@@ -118,6 +128,14 @@ class Workload:
         output, state = self.module(features, state, **flags)
         output.backward(output.detach())
         return state
+
+
+def _run(held: IntArray, steps: int) -> tuple[int, int]:
+    """The steps and cells that an LSTM on CPU runs of lanes that hold so many tokens, one sequence each."""
+    if not 0 < held.sum() < RAGGED * steps * len(held):
+        return steps, steps * len(held)
+    ends = ragged_ends(torch.from_numpy(held))
+    return ends[-1], sum((end - begin) * int((held > begin).sum()) for begin, end in pairwise(ends))
 
 
 def _check_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from seqbatch import Chunking, Packing, Padding, Splicing, compare, workload
 from seqbatch.advice import recommend
 from seqbatch.compare import Comparison, _Trial, grids
-from seqbatch.rnn.flush import Layout
+from seqbatch.rnn import lstm
 from seqbatch.simulate import STRATEGIES, simulate
 from seqbatch.strategy import Strategy
 from seqbatch.workload import Workload
@@ -50,18 +50,18 @@ def test_measured_batches_are_the_plans(strategy: Strategy) -> None:
 @pytest.mark.parametrize(
     "strategy", [Padding(4), Splicing(4, 8), Chunking(4, 8, carry=True), Packing(20, rows=3)], ids=repr
 )
-def test_an_lstm_pays_for_the_steps_it_inserts(strategy: Strategy) -> None:
-    """As many as the layer itself inserts into these batches; an SRU none."""
-    plan = strategy.plan(LENGTHS)
-    batches = _Trial(Workload(hidden=4), LENGTHS, [], 1, False)._batches(plan, np.arange(len(plan)))
+def test_an_lstm_pays_for_what_its_layer_runs(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inserted steps, and only lanes that have not ended; an SRU for the grid."""
+    plan, work, ran = strategy.plan(LENGTHS), Workload("lstm", hidden=4), []
+    stock = lstm._stock
+    monkeypatch.setattr(lstm, "_stock", lambda x, *rest: (ran.append(x.shape[:2]), stock(x, *rest))[1])
     expected = []
-    for batch in batches:
-        steps, lanes = batch.mask.shape  # type: ignore[union-attr]
-        expected.append(steps + Layout.of(steps, lanes, batch.reset, batch.mask, batch.device).inserted)
+    for batch in _Trial(work, LENGTHS, [], 1, False)._batches(plan, np.arange(len(plan))):
+        ran.clear()
+        work.train(batch)
+        expected.append((sum(steps for steps, _ in ran), sum(steps * lanes for steps, lanes in ran)))
 
-    steps, cells = Workload("lstm", hidden=4).effort(plan)
-    assert expected == steps.tolist()
-    assert (expected * plan.lanes).tolist() == cells.tolist()
+    assert expected == [(int(s), int(c)) for s, c in zip(*work.effort(plan), strict=True)]
     assert plan.steps.tolist() == Workload("sru", hidden=4).effort(plan)[0].tolist()
 
 

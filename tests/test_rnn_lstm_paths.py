@@ -176,3 +176,27 @@ def test_the_warning_names_the_callers_line() -> None:
     with pytest.warns(SlowPathWarning) as caught:
         make()(torch.randn(3, 1, 3).double(), mask=mask)
     assert caught[0].filename == __file__
+
+
+def test_ragged_lanes_that_begin_with_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader's batches have both flags: lanes that have ended are left out all the same, and the state is cleared."""
+    torch.manual_seed(0)
+    rnn = LSTM(3, 4, num_layers=2, dtype=torch.float64)
+    x = torch.randn(9, 4, 3, dtype=torch.float64)
+    mask = torch.arange(9)[:, None] < torch.tensor([9, 2, 4, 3])
+    reset = torch.zeros(9, 4, dtype=torch.bool)
+    reset[0] = torch.tensor([True, True, False, True])
+    hx = tuple(torch.randn(2, 4, 4, dtype=torch.float64) for _ in range(2))
+    calls: list[int] = []
+    ragged = LSTM._run_ragged
+    monkeypatch.setattr(LSTM, "_run_ragged", lambda *arguments: (calls.append(1), ragged(*arguments))[1])
+    output, state = rnn(x, hx, reset=reset, mask=mask)
+
+    assert calls
+    expected, after = rnn._run_reference(x, reset, mask, hx)  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.where(mask[..., None], expected, 0.0), output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(after, state, rtol=0, atol=1e-12)
+    calls.clear()
+    reset[2, 2] = True
+    rnn(x, hx, reset=reset, mask=mask)
+    assert not calls

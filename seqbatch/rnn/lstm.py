@@ -19,11 +19,11 @@ from seqbatch.rnn.calls import Call
 from seqbatch.rnn.checks import check_offsets
 from seqbatch.rnn.flush import Layout, holes, move
 
-__all__ = ["LSTM", "SlowPathWarning"]
+__all__ = ["LSTM", "RAGGED", "SlowPathWarning", "ragged_ends"]
 
 State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
+RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
 _SEGMENTS = 4  # pieces of time, each up to where another quarter of the lanes ends
 _CLOSED = 1e4  # closes gates exactly while |bias + W_hh h| stays below about 9,900; float16 can hold it
 
@@ -144,11 +144,12 @@ class LSTM(nn.LSTM):
     def _run(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         if not x.shape[1]:
             return x.new_zeros(*x.shape[:2], self._output_size()), state
-        if mask is not None and reset is None and not x.is_cuda and not self.bidirectional:
+        whole = reset is None or (not x.is_cuda and not bool(reset[1:].any()))  # one sequence a lane
+        if mask is not None and whole and not x.is_cuda and not self.bidirectional:
             lengths = mask.sum(0)
-            ragged = 0 < int(lengths.sum()) < _RAGGED * mask.numel()
+            ragged = 0 < int(lengths.sum()) < RAGGED * mask.numel()
             if ragged and bool((mask == (torch.arange(len(x), device=x.device)[:, None] < lengths)).all()):
-                return self._run_ragged(x, mask, lengths, state)
+                return self._run_ragged(x, mask, lengths, _cleared(state, reset))
         if mask is not None:  # padding may hold anything
             x = torch.where(mask[..., None], x, 0.0)
         return self._run_together(x, reset, mask, state)
@@ -164,10 +165,9 @@ class LSTM(nn.LSTM):
         kept, real = mask[:, order], mask.flatten()
         x = move(x.flatten(0, 1), (row + order).flatten(), kept.flatten(), (row + rank).flatten(), real)
         x, h, c = x.view(steps, lanes, -1), state[0][:, order], state[1][:, order]
-        quarters = [-(-lanes * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
-        ends = dict.fromkeys(lengths.sort().values[quarters].tolist())
+        ends = ragged_ends(lengths)
         active, outputs = lengths.new_zeros(steps), []
-        for begin, end in pairwise(dict.fromkeys([0, *ends])):
+        for begin, end in pairwise(ends):
             n = int((lengths > begin).sum())
             active[begin:end] = n
             part, first = (slice(begin, end), slice(n)), (h[:, :n], c[:, :n])
@@ -287,6 +287,24 @@ def _stock(x: Tensor, state: State, weights: list[Tensor], module: LSTM) -> tupl
         if x.is_cuda:  # the extended weights are new at each call, so they lie in several pieces of memory
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         return torch._VF.lstm(x, state, weights, module.bias, 1, 0.0, module.training, module.bidirectional, False)
+
+
+def ragged_ends(lengths: Tensor) -> list[int]:
+    """Steps at which lanes that have ended are left out, from 0 to the longest: where another quarter of them ends.
+
+    >>> ragged_ends(torch.tensor([9, 2, 4, 4]))
+    [0, 2, 4, 9]
+    """
+    quarters = [-(-len(lengths) * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
+    return list(dict.fromkeys([0, *lengths.sort().values[quarters].tolist()]))
+
+
+def _cleared(state: State, reset: Tensor | None) -> State:
+    """The state, selected to 0 in the lanes that begin with a reset."""
+    if reset is None:
+        return state
+    h, c = (torch.where(reset[0][:, None], 0.0, part) for part in state)
+    return h, c
 
 
 def _clear_first(state: Tensor, reset: Tensor | None) -> Tensor:
