@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from seqbatch.cli import JSON_VERSION, main
+from seqbatch.cli import main
+from seqbatch.command_line import JSON_VERSION
 from seqbatch.plan import Plan
 from seqbatch.simulate import STRATEGIES
 
