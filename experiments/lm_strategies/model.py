@@ -97,10 +97,14 @@ class Learner:
         lr: Learning rate.
         dtype: ``"bfloat16"`` runs the model under autocast.
         resets: Whether lanes are cleared where a paragraph begins.
+        usual: Tokens of a usual batch. One that holds less - the end of a spliced epoch, where few lanes are left -
+            counts as much less; with 0 it counts as much as any, and Adam takes as long a step.
     """
 
-    def __init__(self, model: CharacterLM, lr: float, *, dtype: str = "float32", resets: bool = True) -> None:
-        self.model, self.resets, self.state = model, resets, None
+    def __init__(
+        self, model: CharacterLM, lr: float, *, dtype: str = "float32", resets: bool = True, usual: float = 0
+    ) -> None:
+        self.model, self.resets, self.usual, self.state = model, resets, usual, None
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         self.autocast = torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "float32")
@@ -110,7 +114,8 @@ class Learner:
         batch = batch.to(self.device, non_blocking=True)
         with self.autocast:
             loss, self.state = self.model(batch, self.state, resets=self.resets)
-        (loss * batch.loss_scale).backward()
+        share = min(batch.loss_tokens / self.usual, 1.0) if self.usual else 1.0
+        (loss * batch.loss_scale * share).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -15,12 +15,13 @@ from experiments.lm_strategies.model import CELLS, DTYPES, CharacterLM, Corpus, 
 from experiments.lm_strategies.plans import STRATEGIES, Way
 from experiments.lm_strategies.rows import Elsewhere, append_rows, machine
 from seqbatch import SequenceBatch, Splicing, make_loader
+from seqbatch.loader import PlanLoader
 from seqbatch.strategy import Strategy
 
 __all__ = ["LEARNING_RATES", "train"]
 
 HERE = Path(__file__).parent
-LEARNING_RATES = {"sru": 4e-3, "lstm": 4e-3, "nn.LSTM": 4e-3}  # the best for padding with 4k tokens an update
+LEARNING_RATES = {"sru": 8e-3, "lstm": 8e-3, "nn.LSTM": 8e-3}  # the best for padding with 4k tokens an update
 # Without those that differ from padding's few huge updates in speed alone.
 TRAINED = [name for name in STRATEGIES if name not in ("pool sort", "buckets", "packing")]
 LANES = 64  # for which the learning rate was chosen
@@ -73,7 +74,9 @@ def train(
     lr = LEARNING_RATES[cell] if lr is None else lr
     torch.manual_seed(seed)
     model = CharacterLM(corpus.vocabulary, hidden, cell, layers).to(device)
-    learner = Learner(model, lr, dtype=dtype, resets=way.resets)
+    loader = make_loader(corpus.training, way.strategy, seed=seed, next_token=True)
+    usual = loader.plan.tokens / len(loader.plan) if way.small_count_less else 0
+    learner = Learner(model, lr, dtype=dtype, resets=way.resets, usual=usual)
     curve: list[Point] = []
 
     def note(*so_far: float) -> None:
@@ -85,7 +88,7 @@ def train(
 
     note(0, 0.0, 0)
     used, seen, updates, due = 0.0, 0, 0, 1
-    batches = _epochs(way, corpus, seed)
+    batches = _epochs(loader)
     begin = time.perf_counter()
     while due <= points:
         batch = next(batches)
@@ -114,8 +117,7 @@ def as_way(strategy: str | Strategy | Way) -> Way:
     return strategy
 
 
-def _epochs(way: Way, corpus: Corpus, seed: int) -> Iterator[SequenceBatch]:
-    loader = make_loader(corpus.training, way.strategy, seed=seed, next_token=True)
+def _epochs(loader: PlanLoader) -> Iterator[SequenceBatch]:
     while True:
         yield from loader
 
@@ -124,7 +126,7 @@ def _warm_up(way: Way, cell: str, hidden: int, layers: int, device: str, dtype: 
     """Run a few steps of another model: kernels are compiled, or read from disk, before the clock starts."""
     corpus = Corpus.of_texts(["abcdefgh" * 4] * 8, [])
     learner = Learner(CharacterLM(corpus.vocabulary, hidden, cell, layers).to(device), 1e-3, dtype=dtype)
-    for batch, _ in zip(_epochs(way, corpus, 0), range(2), strict=False):
+    for batch, _ in zip(make_loader(corpus.training, way.strategy, next_token=True), range(2), strict=False):
         learner.step(batch)
 
 
