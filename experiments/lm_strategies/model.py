@@ -109,6 +109,11 @@ class Learner:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
         self.autocast = torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "float32")
 
+    def set_lr(self, lr: float) -> None:
+        """Take steps of this length from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def step(self, batch: SequenceBatch) -> None:
         """Train on a batch, which may lie elsewhere."""
         batch = batch.to(self.device, non_blocking=True)

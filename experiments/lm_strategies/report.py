@@ -15,8 +15,8 @@ from experiments.lm_strategies.train import TRAINED
 HERE = Path(__file__).parent
 BASELINE = "nn.LSTM", "padding"
 QUIET = 0.1  # turns during which other processes used more of the cores are left out
-COLOURS = ("#1b1b1b", "#8a8a8a", "#c44e00", "#8c6d1f", "#00629b", "#5aa9d6", "#6a3d9a", "#2c7a2c", "#a0205a")
-DASHES = ("-", "--", "-", "--", "-", "--", "-", "--", ":")
+COLOURS = ("#1b1b1b", "#8a8a8a", "#c44e00", "#8c6d1f", "#00629b", "#5aa9d6", "#00b3b3", "#6a3d9a", "#2c7a2c", "#a0205a")
+DASHES = ("-", "--", "-", "--", "-", "--", ":", "-", "--", "-.")
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -159,14 +159,16 @@ def main() -> None:
     if not (HERE / "results.csv").exists():
         return
     results, curves = pd.read_csv(HERE / "results.csv"), pd.read_csv(HERE / "curves.csv")
-    for cell in results["cell"].unique():
-        for named in (True, False):
-            mine = [
-                frame[(frame["cell"] == cell) & (frame["strategy"].isin(TRAINED) == named)]
-                for frame in (results, curves)
-            ]
-            if len(mine[0]):
-                print(f"\n{cell}\n\n{training_table(*mine, arguments.target)}")
+    results["group"], curves["group"] = (
+        frame["cell"]
+        + ", learning rate "
+        + frame["schedule"]
+        + np.where(frame["strategy"].isin(TRAINED), "", ", lanes")
+        for frame in (results, curves)
+    )
+    for group, rows in results.groupby("group", sort=False):
+        print(f"\n{group}\n\n{training_table(rows, curves[curves['group'] == group], arguments.target)}")
+    curves = curves[curves["schedule"] == "linear"]
     draw(curves, arguments.figure)
 
 

@@ -16,7 +16,7 @@ from experiments.lm_strategies.plans import STRATEGIES, Way
 from experiments.lm_strategies.rows import Elsewhere, append_rows, machine
 from seqbatch import SequenceBatch, Splicing, make_loader
 from seqbatch.loader import PlanLoader
-from seqbatch.strategy import Strategy
+from seqbatch.strategy import Strategy, check_choice
 
 __all__ = ["LEARNING_RATES", "train"]
 
@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 LEARNING_RATES = {"sru": 8e-3, "lstm": 8e-3, "nn.LSTM": 8e-3}  # the best for padding with 4k tokens an update
 # Without those that differ from padding's few huge updates in speed alone.
 TRAINED = [name for name in STRATEGIES if name not in ("pool sort", "buckets", "packing")]
+SCHEDULES = ("linear", "constant")
 LANES = 64  # for which the learning rate was chosen
 Point = dict[str, float]
 
@@ -37,6 +38,7 @@ def train(
     hidden: int = 256,
     layers: int = 1,
     lr: float | None = None,
+    schedule: str = "linear",
     seed: int = 0,
     points: int = 10,
     corpus: Corpus | None = None,
@@ -53,7 +55,8 @@ def train(
         tokens: Stop after so many real tokens; whichever of the two comes first.
         hidden: Features of the embedding and of each layer.
         layers: Recurrent layers.
-        lr: Adam's learning rate; by default that of the cell.
+        lr: Adam's learning rate, at the start; by default that of the cell.
+        schedule: ``"linear"``, down to 0 at the end of the run, or ``"constant"``.
         seed: Of the weights and of the plan.
         points: How many evaluations there are after the first, which is of the untrained model.
         corpus: WikiText-2's paragraphs by default.
@@ -69,6 +72,7 @@ def train(
     """
     if seconds is None and tokens is None:
         raise ValueError("give seconds or tokens, or both: the run ends at the first that is reached")
+    check_choice("schedule", schedule, SCHEDULES)
     way, corpus = as_way(strategy), corpus or wikitext()
     _warm_up(way, cell, hidden, layers, device, dtype)
     lr = LEARNING_RATES[cell] if lr is None else lr
@@ -96,6 +100,8 @@ def train(
         seen, updates = seen + batch.placement.tokens, updates + 1
         now = used + time.perf_counter() - begin
         done = max(seen / tokens if tokens else 0.0, now / seconds if seconds else 0.0)
+        if schedule == "linear":
+            learner.set_lr(lr * max(1 - done, 0.0))
         if done * points >= due:
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -159,7 +165,7 @@ def run(name: str, way: Way, setting: dict[str, object], write: bool, **options:
     print(", ".join(f"{key} {value}" for key, value in (about | numbers).items()), flush=True)
     if write:
         append_rows(HERE / "results.csv", [machine(str(setting["device"])) | about | numbers])
-        keys = {key: about[key] for key in ("strategy", "cell", "hidden", "lr", "seed")}
+        keys = {key: about[key] for key in ("strategy", "cell", "hidden", "schedule", "lr", "seed")}
         rounded = [{key: round(value, 4) for key, value in point.items()} for point in curve]
         append_rows(HERE / "curves.csv", [keys | point for point in rounded])
     return last
@@ -176,6 +182,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--lr", type=float, help="Adam's learning rate")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of the learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
@@ -188,7 +195,7 @@ def main() -> None:
     runs = {name: (STRATEGIES[name], 1.0) for name in names}
     runs = lane_runs(arguments.lanes) if arguments.lanes else runs
     tokens = 60_000 if arguments.quick else arguments.tokens or len(wikitext().training.tokens)
-    setting = {name: getattr(arguments, name) for name in ("cell", "hidden", "layers", "device", "dtype")}
+    setting = {name: getattr(arguments, name) for name in ("cell", "hidden", "layers", "device", "dtype", "schedule")}
     for seed in arguments.seed:
         for name, (way, factor) in runs.items():
             write = not (arguments.quick or arguments.dry)
