@@ -132,11 +132,12 @@ def draw(curves: pd.DataFrame, path: Path) -> None:
     for row, cell in zip(panels, cells, strict=True):
         for name, colour, dash in zip(TRAINED, COLOURS, DASHES, strict=True):
             own = curves[(curves["cell"] == cell) & (curves["strategy"] == name)]
-            points = own.assign(point=own.groupby("seed").cumcount()).groupby("point").mean(numeric_only=True)
+            points = own[own["tokens"] > 0]
+            points = points.assign(point=points.groupby("seed").cumcount()).groupby("point").mean(numeric_only=True)
             for panel, axis, unit in zip(row, ("seconds", "tokens"), (1, 1e3), strict=True):
                 panel.plot(points[axis] / unit, points["loss"], dash, color=colour, linewidth=1.3, label=name)
         for panel, label in zip(row, ("seconds of training", "thousand real tokens"), strict=True):
-            panel.set(xlabel=label, ylim=(1.6, 3.6))
+            panel.set(xlabel=label, xscale="log", ylim=(1.55, 2.6))
             panel.grid(color="0.92")
         row[0].set_ylabel("nats / held-out character")
         row[0].set_title(cell.upper(), loc="left")
