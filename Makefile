@@ -12,7 +12,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/seqbatch simulate --corpus ud_en_ewt --strategies $(DEMO) --plot report/ud_en_ewt.png
 	$(BIN)/seqbatch simulate --corpus librispeech_devtest_clean --chunk-size 200 --strategies $(DEMO) \
 		--plot report/librispeech_devtest_clean.png
-	@echo "The pictures are report/ud_en_ewt.png and report/librispeech_devtest_clean.png"
+	PYTHONPATH=. $(BIN)/python -m experiments.demo
 
 test: $(VENV)/test.installed lint
 	$(BIN)/python -m pytest
@@ -33,11 +33,17 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
 	PYTHONPATH=. $(BIN)/python -m experiments.loader_speed.run
+	PYTHONPATH=. $(BIN)/python -m experiments.prediction.run
+	PYTHONPATH=. $(BIN)/python -m experiments.lm_strategies.speed
+	PYTHONPATH=. $(BIN)/python -m experiments.asr_lengths.run
+	PYTHONPATH=. $(BIN)/python -m experiments.sru_classification.run
 
 # Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py tests/test_loader_gpu.py
 	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.run --device cuda
+	PYTHONPATH=. $(PYTHON) -m experiments.prediction.run --device cuda --dtype bfloat16 --seconds 12
+	PYTHONPATH=. $(PYTHON) -m experiments.lm_strategies.speed --device cuda --dtype bfloat16 --turns 3
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqbatch needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'

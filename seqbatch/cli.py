@@ -1,4 +1,4 @@
-"""The ``seqbatch`` command: ``stats``, ``simulate`` and ``plan``.
+"""The ``seqbatch`` command: ``stats``, ``simulate``, ``compare`` and ``plan``.
 
 Data go to standard output, progress and notes to standard error. Exit status 0: done; 1: the run
 failed, such as for a bad line in a file; 2: the command was not understood. Whatever takes time to
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seqbatch import __version__
+from seqbatch.cli_compare import compare
 from seqbatch.command_line import (
     check_plot,
     failing_readably,
@@ -41,6 +42,9 @@ def main() -> None:
     LENGTHS is a file of one whole number per line (.txt, .gz), a column of a .csv, .jsonl or .parquet
     file, a .npy array, a FASTA file, a text measured by --unit, or - for standard input.
     """
+
+
+main.add_command(compare)
 
 
 @main.command()

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from seqbatch.ordering import IntArray
 
-__all__ = ["JSON_VERSION", "check_plot", "failing_readably", "numbers", "output", "print_rows", "read", "source", "strategy_names"]
+__all__ = [
+    "JSON_VERSION",
+    "check_plot",
+    "failing_readably",
+    "numbers",
+    "output",
+    "print_rows",
+    "read",
+    "source",
+    "strategy_names",
+]
 
 JSON_VERSION = 1
 _INPUT = click.Path(exists=True, dir_okay=False, allow_dash=True)

@@ -304,17 +304,19 @@ def grids(plans: Sequence[Plan]) -> tuple[list[tuple[int, int]], list[tuple[int,
     """Return (steps, lanes) to fit a device model to and to test it on, which span the batches of the plans.
 
     Fitted are the smallest, the middle and the largest number of steps by those of lanes - of the typical batch of
-    each plan -, up to the cells of the largest of these; tested are grids between them.
+    each plan -, up to the cells of the largest of these, and that one; tested are grids between them.
     """
     steps = np.array([np.median(plan.steps) for plan in plans])
     lanes = np.array([np.median(plan.lanes) for plan in plans])
-    most = float((steps * lanes).max())
+    largest = np.argmax(steps * lanes)
+    most = float(steps[largest] * lanes[largest])
     some_steps, some_lanes = (_spread(values.min(), values.max()) for values in (steps, lanes))
 
     def cross(a: IntArray, b: IntArray) -> list[tuple[int, int]]:
         return [(int(s), int(n)) for s in a for n in b if s * n <= most]
 
-    fitted = cross(some_steps[::2], some_lanes[::2])
+    fitted = [*cross(some_steps[::2], some_lanes[::2]), (int(steps[largest]), int(lanes[largest]))]
+    fitted = list(dict.fromkeys(fitted))
     while len(fitted) < 3:  # one length or one number of lanes: larger ones say what steps and cells cost
         top = max(fitted, default=(1, 1))
         fitted += [(2 * top[0], top[1]), (top[0], 2 * top[1])]

@@ -35,7 +35,7 @@ def check_writable(path: "str | PathLike[str]") -> None:
 
     >>> check_writable("setup.cfg/report.html")
     Traceback (most recent call last):
-    OSError: cannot write setup.cfg/report.html: [Errno 17] File exists: 'setup.cfg'
+    OSError: cannot write setup.cfg/report.html (File exists): choose another file
     """
     target = Path(path)
     try:
@@ -48,4 +48,4 @@ def check_writable(path: "str | PathLike[str]") -> None:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name):
             return
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path} ({error.strerror or error}): choose another file") from error

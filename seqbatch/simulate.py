@@ -59,10 +59,10 @@ class DeviceModel:
         """The number of lanes from which on cells cost more than steps."""
         return 1e3 * self.step_us / self.cell_ns if self.cell_ns else float("inf")
 
-    def times(self, steps: ArrayLike, cells: ArrayLike) -> NDArray[np.float64]:
-        """Return the seconds of batches of so many steps and cells each."""
-        steps, cells = np.asarray(steps, np.float64), np.asarray(cells, np.float64)
-        times: NDArray[np.float64] = 1e-6 * (self.batch_us + steps * self.step_us) + 1e-9 * cells * self.cell_ns
+    def times(self, steps: ArrayLike, cells: ArrayLike, calls: ArrayLike = 1) -> NDArray[np.float64]:
+        """Return the seconds of batches of so many steps and cells each, in so many calls."""
+        steps, cells, calls = (np.asarray(values, np.float64) for values in (steps, cells, calls))
+        times: NDArray[np.float64] = 1e-6 * (calls * self.batch_us + steps * self.step_us) + 1e-9 * cells * self.cell_ns
         return times
 
     def seconds(self, plan: Plan) -> float:

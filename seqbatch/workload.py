@@ -12,7 +12,7 @@ from seqbatch.batch import SequenceBatch
 from seqbatch.measure import Job
 from seqbatch.ordering import IntArray
 from seqbatch.plan import Plan
-from seqbatch.rnn.lstm import RAGGED, ragged_ends
+from seqbatch.rnn.lstm import ragged_ends
 from seqbatch.strategy import check_choice, check_integer
 
 __all__ = ["CELLS", "VOCABULARY", "Workload"]
@@ -88,13 +88,14 @@ class Workload:
             return "nn.LSTM cannot clear its state where a sequence starts inside a lane"
         return "nn.LSTM cannot clear the carried state of single lanes" if plan.carry else ""
 
-    def effort(self, plan: Plan) -> tuple[IntArray, IntArray]:
-        """Return the steps and the cells that each batch costs.
+    def effort(self, plan: Plan) -> tuple[IntArray, IntArray, IntArray]:
+        """Return the steps, the cells and the calls of kernels that each batch costs.
 
-        An LSTM inserts a step for each reset in a lane, and on CPU leaves out lanes that have ended.
+        An LSTM inserts a step for each reset in a lane, and on CPU leaves out lanes that have ended, in several calls.
         """
+        calls = np.ones_like(plan.steps)
         if self.cell != "lstm" or not len(plan):
-            return plan.steps, plan.steps * plan.lanes
+            return plan.steps, plan.steps * plan.lanes, calls
         batch = np.repeat(np.arange(len(plan)), np.diff(plan.batch_ptr))
         first = np.cumsum(plan.lanes) - plan.lanes
         lane = first[batch] + plan.lane
@@ -104,8 +105,12 @@ class Workload:
         if self.device.type == "cpu":
             held = np.bincount(lane, plan.length, minlength=len(resets)).astype(np.int64)
             for i in np.flatnonzero(steps == plan.steps):
-                steps[i], cells[i] = _run(held[first[i] : first[i] + plan.lanes[i]], int(steps[i]))
-        return steps, cells
+                lengths = torch.from_numpy(held[first[i] : first[i] + plan.lanes[i]])
+                ends = ragged_ends(lengths, int(steps[i]), self.hidden)
+                if len(ends) > 2:
+                    steps[i], calls[i] = ends[-1], len(ends) - 1
+                    cells[i] = sum((end - begin) * int((lengths > begin).sum()) for begin, end in pairwise(ends))
+        return steps, cells, calls
 
     def train(self, batch: SequenceBatch, state: Any = None) -> Any:
         """Run a batch of tokens forward and backward, and return the state after it."""
@@ -128,14 +133,6 @@ class Workload:
         output, state = self.module(features, state, **flags)
         output.backward(output.detach())
         return state
-
-
-def _run(held: IntArray, steps: int) -> tuple[int, int]:
-    """The steps and cells that an LSTM on CPU runs of lanes that hold so many tokens, one sequence each."""
-    if not 0 < held.sum() < RAGGED * steps * len(held):
-        return steps, steps * len(held)
-    ends = ragged_ends(torch.from_numpy(held))
-    return ends[-1], sum((end - begin) * int((held > begin).sum()) for begin, end in pairwise(ends))
 
 
 def _check_device(name: str) -> torch.device:

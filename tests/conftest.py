@@ -1,13 +1,17 @@
 """What all tests share: hypothesis profiles and a header that names the versions."""
 
 import os
+from collections.abc import Iterator
 
 import numba
 import numpy as np
 import pandas as pd
+import pytest
 import scipy
 import torch
 from hypothesis import HealthCheck, settings
+
+from seqbatch.rnn import lstm
 
 # Triton kernels run in its interpreter where there is no GPU; the variable is read when they are defined.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -19,3 +23,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_report_header() -> str:
     return f"numpy {np.__version__}, scipy {scipy.__version__}, pandas {pd.__version__}, numba {numba.__version__}"
+
+
+@pytest.fixture(scope="module", params=[0, lstm._WORTH], ids=["in pieces", "where it pays"])
+def pieces_of_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small LSTMs take the path for ragged lanes too, which by itself only large ones do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lstm, "_WORTH", request.param)
+        yield

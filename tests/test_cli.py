@@ -27,7 +27,7 @@ def lengths(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", [[], ["stats"], ["simulate"], ["plan"]])
+@pytest.mark.parametrize("command", [[], ["stats"], ["simulate"], ["compare"], ["plan"]])
 def test_every_command_has_help(command: list[str]) -> None:
     """Both ways to ask for it."""
     for option in ("-h", "--help"):
@@ -41,6 +41,7 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from seqbatch.cli import main\n"
         "import seqbatch; dir(seqbatch); CliRunner().invoke(main, ['simulate', '--help'])\n"
+        "CliRunner().invoke(main, ['compare', '--help'])\n"
         "print([name for name in ('torch', 'numba', 'pandas', 'scipy', 'numpy') if name in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -119,16 +120,86 @@ def test_plots_are_written(lengths: str, tmp_path: Path) -> None:
     assert out.stat().st_size > 10_000
 
 
+QUICK = ("--hidden", "4", "--batch-sizes", "4,8", "--strategies", "padding,splicing", "--seconds", "1")
+
+
+def test_compare_prints_rows_and_a_recommendation(lengths: str) -> None:
+    """As a table, as JSON with what the numbers rest on, and as CSV."""
+    table = run("compare", lengths, *QUICK)
+    document = json.loads(run("compare", lengths, *QUICK, "--json").stdout)
+    csv = run("compare", lengths, *QUICK, "--csv").stdout.splitlines()
+
+    assert table.exit_code == 0, table.output
+    assert "Train with " in table.stdout
+    assert "make_loader" in table.stdout
+    assert [row["strategy"] for row in document["rows"]] == ["padding", "padding", "splicing", "splicing"]
+    assert all(row["measured"] > 0 for row in document["rows"])
+    assert document["recommendation"]["batch_size"] in (4, 8)
+    assert len(document["calibration"]["points"]) >= 3
+    assert "torch" in document["environment"]["versions"]
+    assert (len(csv), csv[0][:28]) == (5, "strategy,batch_size,settings")
+
+
+def test_compare_writes_a_figure_and_a_page(lengths: str, tmp_path: Path) -> None:
+    """Into folders that are made."""
+    plot, page = tmp_path / "a" / "figure.svg", tmp_path / "b" / "page.html"
+    result = run("compare", lengths, *QUICK, "--plot", str(plot), "--html", str(page))
+
+    assert result.exit_code == 0, result.output
+    assert plot.stat().st_size > 10_000
+    assert "Train with" in page.read_text()
+
+
+def test_compare_that_is_interrupted_prints_what_it_has(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends with 130, as a shell expects of Ctrl-C."""
+    from seqbatch.compare import _Trial
+
+    def interrupted(self: _Trial, row: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Trial, "_measure", interrupted)
+    result = run("compare", lengths, *QUICK, "--csv")
+
+    assert result.exit_code == 130
+    assert len(result.stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--html", "BELOW/page.html"], "cannot write"),
+        (["--plot", "BELOW/figure.png"], "cannot write"),
+        (["--device", "cuda:99"], "is not there: torch"),
+        (["--device", "abacus"], "device must be cpu, cuda or cuda:N, got 'abacus'"),
+    ],
+)
+def test_what_compare_cannot_do_is_told_before_the_work(
+    options: list[str], message: str, lengths: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after minutes of measuring."""
+    monkeypatch.setattr("seqbatch.compare._Trial.run", None)
+    result = run("compare", lengths, *[option.replace("BELOW", lengths) for option in options])
+
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+
+
 USAGE = {
     "give either a file of LENGTHS or --corpus": [["stats"], ["stats", "FILE", "--corpus", "ud_en_ewt"]],
     "does not exist": [["stats", "nothing.txt"], ["plan", "--show", "nothing.npz"]],
     "is a directory": [["stats", "."]],
-    "is none of": [["stats", "--corpus", "ud"], ["simulate", "FILE", "--strategies", "padding,none"]],
+    "is none of": [
+        ["stats", "--corpus", "ud"],
+        ["simulate", "FILE", "--strategies", "padding,none"],
+        ["compare", "FILE", "--strategies", "padding,none"],
+    ],
     "expected 2 numbers": [["simulate", "--gamma", "2"], ["simulate", "--lognormal", "a,b"]],
     "expected whole numbers": [["simulate", "FILE", "--batch-sizes", "1,x"], ["simulate", "FILE", "--batch-sizes", ""]],
     "expected numbers from 1 up": [["simulate", "FILE", "--batch-sizes", "0,2"]],
     "expected finite numbers": [["simulate", "FILE", "--cost", "nan,0"]],
-    "must end in .png, .svg or .pdf": [["simulate", "FILE", "--plot", "plot.exe"]],
+    "must end in .png, .svg or .pdf": [[c, "FILE", "--plot", "plot.exe"] for c in ("simulate", "compare")],
+    "'gru' is not one of": [["compare", "FILE", "--cell", "gru"]],
+    "give either a file": [["compare"]],
     "give one of LENGTHS": [
         ["simulate", "FILE", "--gamma", "2,10"],
         ["simulate", "--gamma", "2,10", "--lognormal", "1,1"],

@@ -50,18 +50,20 @@ def test_measured_batches_are_the_plans(strategy: Strategy) -> None:
 @pytest.mark.parametrize(
     "strategy", [Padding(4), Splicing(4, 8), Chunking(4, 8, carry=True), Packing(20, rows=3)], ids=repr
 )
-def test_an_lstm_pays_for_what_its_layer_runs(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worth", [0, 40, 10**9])
+def test_an_lstm_pays_for_what_its_layer_runs(worth: int, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inserted steps, and only lanes that have not ended; an SRU for the grid."""
     plan, work, ran = strategy.plan(LENGTHS), Workload("lstm", hidden=4), []
+    monkeypatch.setattr(lstm, "_WORTH", worth)
     stock = lstm._stock
     monkeypatch.setattr(lstm, "_stock", lambda x, *rest: (ran.append(x.shape[:2]), stock(x, *rest))[1])
     expected = []
     for batch in _Trial(work, LENGTHS, [], 1, False)._batches(plan, np.arange(len(plan))):
         ran.clear()
         work.train(batch)
-        expected.append((sum(steps for steps, _ in ran), sum(steps * lanes for steps, lanes in ran)))
+        expected.append([sum(steps for steps, _ in ran), sum(steps * lanes for steps, lanes in ran), len(ran)])
 
-    assert expected == [(int(s), int(c)) for s, c in zip(*work.effort(plan), strict=True)]
+    assert expected == np.stack(work.effort(plan), axis=1).tolist()
     assert plan.steps.tolist() == Workload("sru", hidden=4).effort(plan)[0].tolist()
 
 

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 from seqbatch.rnn import LSTM, SlowPathWarning, reference
 
+pytestmark = pytest.mark.usefixtures("pieces_of_time")
+
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 

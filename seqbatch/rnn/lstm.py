@@ -19,12 +19,12 @@ from seqbatch.rnn.calls import Call
 from seqbatch.rnn.checks import check_offsets
 from seqbatch.rnn.flush import Layout, holes, move
 
-__all__ = ["LSTM", "RAGGED", "SlowPathWarning", "ragged_ends"]
+__all__ = ["LSTM", "SlowPathWarning", "ragged_ends"]
 
 State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-RAGGED = 0.9  # padding efficiency below which lanes that have ended are left out
 _SEGMENTS = 4  # pieces of time, each up to where another quarter of the lanes ends
+_WORTH = 2**18  # cells times units that must be saved: each piece more costs about a quarter of this
 _CLOSED = 1e4  # closes gates exactly while |bias + W_hh h| stays below about 9,900; float16 can hold it
 
 
@@ -147,8 +147,8 @@ class LSTM(nn.LSTM):
         whole = reset is None or (not x.is_cuda and not bool(reset[1:].any()))  # one sequence a lane
         if mask is not None and whole and not x.is_cuda and not self.bidirectional:
             lengths = mask.sum(0)
-            ragged = 0 < int(lengths.sum()) < RAGGED * mask.numel()
-            if ragged and bool((mask == (torch.arange(len(x), device=x.device)[:, None] < lengths)).all()):
+            worth = len(ragged_ends(lengths, len(x), self.hidden_size)) > 2
+            if worth and bool((mask == (torch.arange(len(x), device=x.device)[:, None] < lengths)).all()):
                 return self._run_ragged(x, mask, lengths, _cleared(state, reset))
         if mask is not None:  # padding may hold anything
             x = torch.where(mask[..., None], x, 0.0)
@@ -165,7 +165,7 @@ class LSTM(nn.LSTM):
         kept, real = mask[:, order], mask.flatten()
         x = move(x.flatten(0, 1), (row + order).flatten(), kept.flatten(), (row + rank).flatten(), real)
         x, h, c = x.view(steps, lanes, -1), state[0][:, order], state[1][:, order]
-        ends = ragged_ends(lengths)
+        ends = ragged_ends(lengths, steps, self.hidden_size)
         active, outputs = lengths.new_zeros(steps), []
         for begin, end in pairwise(ends):
             n = int((lengths > begin).sum())
@@ -289,14 +289,20 @@ def _stock(x: Tensor, state: State, weights: list[Tensor], module: LSTM) -> tupl
         return torch._VF.lstm(x, state, weights, module.bias, 1, 0.0, module.training, module.bidirectional, False)
 
 
-def ragged_ends(lengths: Tensor) -> list[int]:
-    """Steps at which lanes that have ended are left out, from 0 to the longest: where another quarter of them ends.
+def ragged_ends(lengths: Tensor, steps: int, hidden_size: int) -> list[int]:
+    """Steps at which lanes that have ended are left out, from 0 on: where another quarter of the lanes ends.
 
-    >>> ragged_ends(torch.tensor([9, 2, 4, 4]))
-    [0, 2, 4, 9]
+    ``[0, steps]`` where that would save less than what the calls for more pieces cost.
+
+    >>> ragged_ends(torch.tensor([900, 200, 400, 400]), 900, hidden_size=512)
+    [0, 200, 400, 900]
+    >>> ragged_ends(torch.tensor([9, 2, 4, 4]), 9, hidden_size=512)
+    [0, 9]
     """
     quarters = [-(-len(lengths) * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
-    return list(dict.fromkeys([0, *lengths.sort().values[quarters].tolist()]))
+    ends = list(dict.fromkeys([0, *lengths.sort().values[quarters].tolist()]))
+    run = sum((end - begin) * int((lengths > begin).sum()) for begin, end in pairwise(ends))
+    return ends if (steps * len(lengths) - run) * hidden_size >= _WORTH and run else [0, steps]
 
 
 def _cleared(state: State, reset: Tensor | None) -> State:
