@@ -21,6 +21,7 @@ from seqbatch.files import check_writable
 if TYPE_CHECKING:
     from seqbatch.compare import Comparison
     from seqbatch.measure import Calibration
+    from seqbatch.simulate import DeviceModel
 
 __all__ = ["compare"]
 
@@ -115,10 +116,15 @@ def _print(found: "Comparison", form: str | None) -> None:
         device = found.calibration.device
         click.echo(
             f"\npredicted with {device.batch_us:.0f} us a batch, {device.step_us:.1f} us a step and "
-            f"{device.cell_ns:.0f} ns a cell, as measured here"
+            f"{device.cell_ns:.0f} ns a cell{_large(device)}, as measured here"
         )
     if advice is not None:
         click.echo(f"\n{advice.sentence}\n\n{advice.code}")
+
+
+def _large(device: "DeviceModel") -> str:
+    more, cells = device.large_cell_ns, device.large_batch
+    return f" ({more:.0f} more for each beyond {cells:,.0f} of a batch)" if more else ""
 
 
 def _numbers(calibration: "Calibration") -> dict[str, object]:

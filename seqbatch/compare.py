@@ -304,23 +304,24 @@ def grids(plans: Sequence[Plan]) -> tuple[list[tuple[int, int]], list[tuple[int,
     """Return (steps, lanes) to fit a device model to and to test it on, which span the batches of the plans.
 
     Fitted are the smallest, the middle and the largest number of steps by those of lanes - of the typical batch of
-    each plan -, up to the cells of the largest of these, and that one; tested are grids between them.
+    each plan -, up to the cells of the largest of these; that one and the one larger than three quarters of them, since
+    cells can cost more where a batch outgrows caches or the memory that an allocator keeps. Tested are grids between.
     """
-    steps = np.array([np.median(plan.steps) for plan in plans])
-    lanes = np.array([np.median(plan.lanes) for plan in plans])
-    largest = np.argmax(steps * lanes)
-    most = float(steps[largest] * lanes[largest])
+    typical = [(int(np.median(plan.steps)), int(np.median(plan.lanes))) for plan in plans]
+    typical.sort(key=lambda grid: grid[0] * grid[1])
+    steps, lanes = np.array(typical).T
+    most = int(steps[-1] * lanes[-1])
     some_steps, some_lanes = (_spread(values.min(), values.max()) for values in (steps, lanes))
 
     def cross(a: IntArray, b: IntArray) -> list[tuple[int, int]]:
         return [(int(s), int(n)) for s in a for n in b if s * n <= most]
 
-    fitted = [*cross(some_steps[::2], some_lanes[::2]), (int(steps[largest]), int(lanes[largest]))]
+    fitted = [*cross(some_steps[::2], some_lanes[::2]), typical[3 * len(typical) // 4], typical[-1]]
     fitted = list(dict.fromkeys(fitted))
     while len(fitted) < 3:  # one length or one number of lanes: larger ones say what steps and cells cost
         top = max(fitted, default=(1, 1))
         fitted += [(2 * top[0], top[1]), (top[0], 2 * top[1])]
-    return fitted, cross(some_steps[1::2], some_lanes[1::2])
+    return fitted, [grid for grid in cross(some_steps[1::2], some_lanes[1::2]) if grid not in fitted]
 
 
 def _spread(low: float, high: float) -> IntArray:

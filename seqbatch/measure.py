@@ -25,6 +25,7 @@ __all__ = ["Calibration", "Timing", "calibrate", "environment", "free_bytes", "p
 
 Job = Callable[[], object]
 _STATUS = Path("/proc/self/status")
+_MUCH_BETTER = 0.7  # share of the error that a price of large batches may leave
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -198,9 +199,9 @@ def calibrate(
     """Measure a few grids and fit seconds per batch, per step and per cell, none negative.
 
     The sum of squared *relative* errors is least, so that small grids count as much as large ones. The grids take
-    turns, as batches of different shapes do in training: one that is run over and over finds its memory warm. Those
-    that by the time of smaller ones would take more than their share of `seconds` are left out, but never the
-    four smallest.
+    turns, as batches of different shapes do in training: one that is run over and over finds its memory warm. Each
+    runs twice, and again while it has not taken its share of `seconds`; those that by the time of smaller ones would
+    take a sixth of `seconds` at once are left out, but never the four smallest.
 
     Args:
         job: Makes the job of a grid of (steps, lanes).
@@ -222,21 +223,20 @@ def calibrate(
     if len(set(fitted)) < 3:
         raise ValueError(f"three numbers need at least three grids to fit to, got {sorted(set(fitted))}")
     jobs: dict[tuple[int, int], Job] = {}
-    share, per_cell, once = seconds / (3 * len(points)), 0.0, 0.0
+    share, per_cell = seconds / (2 * len(points)), 0.0
     for steps, lanes in points:  # a first turn that is not counted
-        if len(jobs) >= 4 and per_cell * steps * lanes > share:
+        if len(jobs) >= 4 and per_cell * steps * lanes > seconds / 6:
             continue
         jobs[steps, lanes], timing = job(steps, lanes), Timing()
-        jobs[steps, lanes]()
         with stopwatch(device, timing):
             jobs[steps, lanes]()
-        per_cell, once = timing.median / (steps * lanes), once + timing.median
+        per_cell = timing.median / (steps * lanes)
     timings = {point: Timing() for point in jobs}
-    turns = range(min(max(int(seconds / once) - 2, 3), 15))
-    for _ in tqdm(turns, disable=None if progress else True, unit="turn", desc="calibrating", leave=False):
+    for _ in tqdm(range(15), disable=None if progress else True, unit="turn", desc="calibrating", leave=False):
         for point, run in jobs.items():
-            with stopwatch(device, timings[point]):
-                run()
+            if len(timings[point].wall) < 2 or sum(timings[point].wall) < share:
+                with stopwatch(device, timings[point]):
+                    run()
     rows = [
         {"steps": steps, "lanes": lanes, "seconds": timing.median, "low": timing.low, "high": timing.high,
          "fitted": (steps, lanes) in set(fitted)}
@@ -249,9 +249,23 @@ def calibrate(
 
 
 def _fit(points: "pd.DataFrame") -> DeviceModel:
+    """Least squares of relative errors; with a price of large batches where that explains much more."""
     from scipy.optimize import nnls
 
     steps, lanes, seconds = (points[name].to_numpy(np.float64) for name in ("steps", "lanes", "seconds"))
-    terms = np.stack([np.ones_like(steps), steps, steps * lanes], axis=1) * [1e-6, 1e-6, 1e-9]
-    numbers, _ = nnls(terms / seconds[:, None], np.ones(len(steps)))
-    return DeviceModel(*(float(number) for number in numbers))
+    cells = steps * lanes
+    terms = np.stack([1e-6 * np.ones_like(steps), 1e-6 * steps, 1e-9 * cells], axis=1)
+
+    def solve(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+        found: tuple[NDArray[np.float64], float] = nnls(columns / seconds[:, None], np.ones(len(seconds)))
+        return found
+
+    numbers, error = solve(terms)
+    best = DeviceModel(*map(float, numbers))
+    # From which size on it shows is looked for among the grids, two of which at least must lie beyond.
+    for large in np.sort(cells)[len(cells) // 2 : -2] if len(cells) > 5 else ():
+        numbers, left = solve(np.column_stack([terms, 1e-9 * np.maximum(cells - large, 0)]))
+        if left < _MUCH_BETTER * error:
+            *three, more = map(float, numbers)
+            best, error = DeviceModel(*three, large_batch=float(large), large_cell_ns=more), left / _MUCH_BETTER
+    return best

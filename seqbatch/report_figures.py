@@ -133,11 +133,14 @@ def ground_figures(comparison: "Comparison") -> str:
     if held_out.any():
         median, most = off[held_out].median(), off[held_out].max()
         said += f"Grids held out of the fit are off by {median:.1%} (median), {most:.1%} at most. "
+    large = ""
+    if device.large_cell_ns:
+        large = f", {device.large_cell_ns:.4g} ns more for each beyond {device.large_batch:,.0f} of a batch"
     prediction = figure(
         lambda ax: plot_prediction(frame, points, ax=ax),
         f"Predicted against measured tokens per second. {said}",
         f"{said}The model: {device.batch_us:.4g} µs a batch, {device.step_us:.4g} µs a step and "
-        f"{device.cell_ns:.4g} ns a cell, fitted to {(~held_out).sum()} full grids.",
+        f"{device.cell_ns:.4g} ns a cell{large}, fitted to {(~held_out).sum()} full grids.",
     )
     return _figures(lengths, prediction)
 

@@ -40,6 +40,8 @@ class DeviceModel:
         batch_us: Microseconds per batch (launching, optimizer).
         step_us: Microseconds per sequential step.
         cell_ns: Nanoseconds per cell.
+        large_batch: Cells from which on a batch outgrows caches or the memory that an allocator keeps.
+        large_cell_ns: Nanoseconds more for each cell of a batch beyond these.
 
     >>> DeviceModel(batch_us=0, step_us=20, cell_ns=400).knee
     50.0
@@ -48,11 +50,16 @@ class DeviceModel:
     batch_us: float = 200.0
     step_us: float = 20.0
     cell_ns: float = 400.0
+    large_batch: float = 0.0
+    large_cell_ns: float = 0.0
 
     def __post_init__(self) -> None:
         values = (self.batch_us, self.step_us, self.cell_ns)
         if not all(0 <= value < float("inf") for value in values) or not any(values):
             raise ValueError(f"batch_us, step_us and cell_ns must not be negative, nor all 0, got {values}")
+        if not (0 <= self.large_batch < float("inf") and 0 <= self.large_cell_ns < float("inf")):
+            more = (self.large_batch, self.large_cell_ns)
+            raise ValueError(f"large_batch and large_cell_ns must be finite and not negative, got {more}")
 
     @property
     def knee(self) -> float:
@@ -62,7 +69,9 @@ class DeviceModel:
     def times(self, steps: ArrayLike, cells: ArrayLike, calls: ArrayLike = 1) -> NDArray[np.float64]:
         """Return the seconds of batches of so many steps and cells each, in so many calls."""
         steps, cells, calls = (np.asarray(values, np.float64) for values in (steps, cells, calls))
-        times: NDArray[np.float64] = 1e-6 * (calls * self.batch_us + steps * self.step_us) + 1e-9 * cells * self.cell_ns
+        beyond = np.maximum(cells - calls * self.large_batch, 0)
+        times: NDArray[np.float64] = 1e-6 * (calls * self.batch_us + steps * self.step_us)
+        times = times + 1e-9 * (cells * self.cell_ns + beyond * self.large_cell_ns)
         return times
 
     def seconds(self, plan: Plan) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,25 @@ def test_no_number_is_negative(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert found.device.cell_ns == 0
     assert found.device.step_us > 0
+
+
+def test_what_large_batches_cost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cells cost more from some size on; and not where a few per cent of noise look like it."""
+    grids = [(1, 1), (1, 64), (64, 1), (64, 64), (8, 8), (200, 64), (400, 64), (800, 64), (400, 128)]
+    kinked = DeviceModel(300, 20, 500, large_batch=4096, large_cell_ns=700)
+    noise = 1 + 0.03 * np.random.default_rng(0).standard_normal(100)
+    for model in (kinked, MODEL):
+        ran: list[tuple[int, int]] = []
+
+        @contextmanager
+        def watch(device: object, into: Timing, model: DeviceModel = model, ran: Any = ran) -> Iterator[None]:
+            yield
+            into.wall.append(float(model.times(ran[-1][0], np.prod(ran[-1]))) * noise[np.prod(ran[-1]) % 97])
+
+        monkeypatch.setattr(measure, "stopwatch", watch)
+        found = calibrate(lambda *grid: lambda: ran.append(grid), grids, [(600, 64)], seconds=1e9)  # type: ignore[arg-type, misc]  # noqa: B023
+        assert pytest.approx(0, abs=0.1) == found.errors(fitted=False)[0]
+        assert (found.device.large_cell_ns > 300) == (model is kinked)
 
 
 def test_grids_that_take_too_long_are_left_out(exact: Callable[[int, int], Callable[[], None]]) -> None:

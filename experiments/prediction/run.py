@@ -49,7 +49,8 @@ def points(found: Comparison, corpus: str) -> pd.DataFrame:
     if found.calibration is None:
         return pd.DataFrame()
     device = found.calibration.device
-    numbers = {"batch_us": device.batch_us, "step_us": device.step_us, "cell_ns": device.cell_ns}
+    numbers = {"batch_us": device.batch_us, "step_us": device.step_us, "cell_ns": device.cell_ns,
+               "large_batch": device.large_batch, "large_cell_ns": device.large_cell_ns}  # fmt: skip
     return found.calibration.points.assign(corpus=corpus, **setting, **numbers)
 
 
