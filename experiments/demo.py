@@ -15,6 +15,7 @@ from tqdm import tqdm
 from experiments.lm_strategies.model import wikitext
 from experiments.lm_strategies.train import Point, train
 from seqbatch import load_corpus
+from seqbatch.advice import Recommendation
 from seqbatch.compare import compare
 from seqbatch.files import check_writable
 from seqbatch.ordering import IntArray
@@ -27,7 +28,7 @@ from seqbatch.strategy import Strategy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HIDDEN, CELL = 256, "sru"
+HIDDEN, CELL, CHUNK_SIZE = 256, "sru", 64
 INTRO = (
     "Sequences differ in length, so a batch that is padded to its longest computes much that nobody needs. This page "
     "shows, for two corpora and this machine, what each way to batch uses and how fast it trains, and then trains a "
@@ -50,13 +51,16 @@ def main(out: Path, seconds: float, training: float) -> None:
         "Wikipedia paragraphs in characters": corpus.training.lengths,
     }.items():
         print(f"\n{title}: comparing for about {seconds:.0f} seconds", flush=True)
-        found = compare(lengths, cell=CELL, hidden=HIDDEN, batch_sizes=(8, 32, 128), seconds=seconds, progress=True)
+        found = compare(
+            lengths, cell=CELL, hidden=HIDDEN, chunk_size=CHUNK_SIZE, batch_sizes=(8, 32, 128), seconds=seconds,
+            progress=True,
+        )  # fmt: skip
         sections.append(comparison_section(found, title))
         chosen = found.recommendation
         print(chosen.sentence if chosen else "no row could be measured", flush=True)
         write_page(page, "seqbatch on this machine", sections, INTRO)
     if chosen is not None:
-        best = as_strategy(chosen.strategy, chosen.batch_size, corpus.training.lengths)
+        best = as_strategy(chosen, corpus.training.lengths)
         # Zero padding with about as many real tokens an update, so that both make about as many updates a token.
         plan = best.plan(corpus.training.lengths)
         padded = Padding(max(1, round(plan.tokens / len(plan) / float(np.mean(corpus.training.lengths)))))
@@ -66,9 +70,9 @@ def main(out: Path, seconds: float, training: float) -> None:
     print(f"\nThe page is {page}")
 
 
-def as_strategy(name: str, size: int | None, lengths: IntArray) -> Strategy:
-    """The strategy of a row of the comparison."""
-    return next(strategy for _, _, strategy in sized(lengths, [name], [size or 1], 64))
+def as_strategy(advice: Recommendation, lengths: IntArray) -> Strategy:
+    """The strategy that was recommended."""
+    return next(strategy for _, _, strategy in sized(lengths, [advice.strategy], [advice.batch_size or 1], CHUNK_SIZE))
 
 
 def run(strategy: Strategy, seconds: float) -> list[Point]:
@@ -121,7 +125,6 @@ def draw(curves: dict[str, list[Point]], ax: "Axes") -> Any:
     ax.set(xlabel="seconds of training", ylabel="held-out loss, nats per character")
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
     return ax
 
 

@@ -36,7 +36,7 @@ class Recommendation:
     code: str
 
 
-def recommend(frame: "pd.DataFrame", plans: Sequence[Plan]) -> Recommendation | None:
+def recommend(frame: "pd.DataFrame", plans: Sequence[Plan], *, flags: bool = True) -> Recommendation | None:
     """Return the row to use: of those about as fast as the fastest the one with the most updates an epoch.
 
     Chunks without carried state are left out where any other row ran: they are fast because they cut dependencies.
@@ -44,9 +44,11 @@ def recommend(frame: "pd.DataFrame", plans: Sequence[Plan]) -> Recommendation | 
     Args:
         frame: Rows of :func:`seqbatch.compare.compare`.
         plans: The plan of each row.
+        flags: Whether the layers take resets and a mask.
     """
     column = "measured" if frame["measured"].notna().any() else "predicted"
-    ran = frame[frame[column].notna() & (frame["note"] == "")]
+    possible = frame[frame["note"] == ""]
+    ran = possible[possible[column].notna()]
     whole = ran[[_keeps_dependencies(plans[i]) for i in ran.index]]
     rows = whole if len(whole) else ran
     if not len(rows):
@@ -61,8 +63,12 @@ def recommend(frame: "pd.DataFrame", plans: Sequence[Plan]) -> Recommendation | 
     cut = _share_cut(plan)
     if cut and plan.carry:
         sentence += f" {cut:.0%} of the sequences cross a window's edge: there the gradient stops, the state does not."
+    elif cut:
+        sentence += f" {cut:.0%} of the sequences are cut, and no state is carried over the cuts."
+    if column == "measured" and len(ran) < len(possible):
+        sentence += f" Only {len(ran)} of {len(possible)} rows were measured."
     size = None if np.isnan(best["batch_size"]) else int(best["batch_size"])
-    return Recommendation(best["strategy"], size, best["settings"], sentence, _code(best["settings"], plan))
+    return Recommendation(best["strategy"], size, best["settings"], sentence, _code(best["settings"], plan, flags))
 
 
 def _against(ran: "pd.DataFrame", best: "pd.Series", column: str) -> str:
@@ -71,9 +77,12 @@ def _against(ran: "pd.DataFrame", best: "pd.Series", column: str) -> str:
     if not len(padding) or best["strategy"] == "padding":
         return f", with {best['padding_efficiency']:.0%} of all cells real tokens"
     other = padding.loc[padding[column].idxmax()]
+    ratio = best[column] / other[column]
+    if ratio * _ABOUT_AS_FAST < 1:
+        return f", about as fast as zero padding at its best ({_speed(other[column])} with {other['settings']})"
     return (
-        f", {best[column] / other[column]:.2f} times zero padding at its best ({_speed(other[column])} with "
-        f"{other['settings']}), because {best['padding_efficiency']:.0%} of the cells it computes are real tokens, "
+        f", {ratio:.2f} times zero padding at its best ({_speed(other[column])} with {other['settings']}): "
+        f"{best['padding_efficiency']:.0%} of the cells it computes are real tokens, "
         f"there {other['padding_efficiency']:.0%}"
     )
 
@@ -89,11 +98,12 @@ def _share_cut(plan: Plan) -> float:
     return float((pieces > 1).mean()) if len(pieces) else 0.0
 
 
-def _code(settings: str, plan: Plan) -> str:
-    state = "batch.carry_in(state)" if plan.carry else "None"
+def _code(settings: str, plan: Plan, flags: bool) -> str:
+    state = ", batch.carry_in(state)" if plan.carry else ""
+    told = ", reset=batch.reset, mask=batch.mask" if flags else ""
     return (
-        f"loader = seqbatch.make_loader(dataset, seqbatch.{settings}, next_token=True)\n"
-        f"output, state = rnn(embed(batch.data), {state}, reset=batch.reset, mask=batch.mask)"
+        f"loader, state = seqbatch.make_loader(dataset, seqbatch.{settings}, next_token=True), None\n"
+        f"for batch in loader:\n    output, state = rnn(embed(batch.data){state}{told})"
     )
 
 

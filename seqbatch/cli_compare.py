@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from seqbatch.command_line import (
+    check_matplotlib,
     check_plot,
     failing_readably,
     numbers,
@@ -61,6 +62,7 @@ def compare(
     """
     check_plot(plot)
     if html is not None:
+        check_matplotlib("--html")
         check_writable(html)
     from seqbatch.compare import STRATEGIES
     from seqbatch.compare import compare as run
@@ -71,8 +73,8 @@ def compare(
         batch_sizes=batch_sizes or (_QUICK_SIZES if quick else _SIZES), chunk_size=chunk_size,
         seconds=seconds or (_QUICK_SECONDS if quick else _SECONDS), seed=seed, progress=True,
     )  # fmt: skip
-    _write(found, plot, html, corpus or lengths or "")
     _print(found, form)
+    _write(found, plot, html, corpus or lengths or "")
     if found.interrupted:
         raise click.exceptions.Exit(130)
 

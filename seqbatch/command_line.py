@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON_VERSION",
+    "check_matplotlib",
     "check_plot",
     "failing_readably",
     "numbers",
@@ -109,9 +110,14 @@ def check_plot(path: str | None) -> None:
         return
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise click.BadParameter(f"FILE must end in .png, .svg or .pdf, got {path!r}", param_hint="--plot")
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'seqbatch[plot]'")
+    check_matplotlib("--plot")
     check_writable(path)
+
+
+def check_matplotlib(option: str) -> None:
+    """Raise unless there is what draws."""
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(f"{option} needs matplotlib: pip install 'seqbatch[plot]'")
 
 
 def read(path: str | None, corpus: str | None, column: str | None, unit: str | None) -> "IntArray":

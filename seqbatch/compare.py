@@ -6,8 +6,9 @@ follows what was measured.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,9 @@ __all__ = ["STRATEGIES", "Comparison", "compare"]
 STRATEGIES = ("padding", "pool_sort", "token_budget", "static_shapes", "splicing", "chunking", "packing")
 """The names that are compared where nothing else is said: one of each kind."""
 TURNS = 3
-_MOST_BATCHES = 16  # of a row's sample
+_CELLS_TO_MEASURE = 1000  # of a grid whose memory says what a cell needs
+_MOST_BATCHES = 256  # of a row's sample
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "bad_alloc")
 _CALIBRATION, _WARM_UP = 0.15, 0.2  # shares of the time
 _PATIENCE = 4  # times its share of the time that a row may take, rather than not be measured
 
@@ -80,8 +83,12 @@ class _Row:
     note: str = ""
 
     def speed(self, seconds_of_sample: float) -> float:
-        """Real tokens per second of the epoch, if its batches take what the sample's took in the mean."""
-        return self.plan.tokens * len(self.sample) / (len(self.plan) * seconds_of_sample)
+        """Real tokens per second of the epoch, if all of it is as far from the prediction as the sample was.
+
+        The mean of the sample alone would be too low, by different shares in rows with more batches and fewer.
+        """
+        whole = seconds_of_sample * float(self.seconds.sum()) / float(self.seconds[self.sample].sum())
+        return self.plan.tokens / whole
 
     def columns(self) -> dict[str, object]:
         """The row of the frame."""
@@ -126,7 +133,9 @@ def compare(
     """Predict and measure the throughput of each strategy at each batch size.
 
     Measured is forward and backward of :class:`~seqbatch.workload.Workload` over a sample of the plan's batches,
-    spread evenly over all of them in the order of what they cost, as a loader makes them; median of three turns.
+    spread evenly over all of them in the order of what they cost, as a loader makes them; median of three turns. The
+    prediction leaves the making of batches out. All plans are in memory at once: of hundreds of millions of
+    sequences, compare some.
 
     Args:
         lengths: (N,) tokens of each sequence.
@@ -146,7 +155,8 @@ def compare(
         The rows in ``frame``: ``strategy``, ``batch_size``, ``settings``, ``padding_efficiency``, ``batches`` (of an
         epoch, which are its updates), ``steps``, ``cells``, ``predicted`` and ``measured`` real tokens per second with
         ``low`` and ``high`` of the turns, ``error`` (predicted / measured - 1), ``memory_mib`` (most bytes beyond the
-        weights, of the largest batch), ``loader_share`` (of the time, for making batches and moving them),
+        weights, of the largest batch), ``loader_share`` (of the time, for making batches and moving them; on CUDA the
+        host's, which the device does not wait for),
         ``batches_measured`` and ``note``: why a row was not measured, such as for want of memory.
 
     Raises:
@@ -168,6 +178,9 @@ def compare(
         _Row(name, size, strategy, strategy.plan(array, seed=seed))
         for name, size, strategy in sized(array[array > 0], chosen, sizes, chunk_size)
     ]
+    if not rows:
+        raise ValueError("there is nothing to compare: give at least one strategy and one batch size")
+    record = environment(workload.device)
     trial = _Trial(workload, array, rows, seconds, progress)
     interrupted = False
     try:
@@ -180,9 +193,8 @@ def compare(
     numbers = [name for name in frame if name not in ("strategy", "settings", "note")]
     frame = frame.astype({name: "float64" for name in numbers if frame[name].dtype == object})
     setting = {"cell": cell, "hidden": hidden, "layers": layers, "device": device, "dtype": dtype,
-               "chunk_size": chunk_size, "seed": seed}  # fmt: skip
-    record = environment(workload.device)
-    advice = recommend(frame, [row.plan for row in rows])
+               "chunk_size": chunk_size, "seconds": seconds, "seed": seed}  # fmt: skip
+    advice = recommend(frame, [row.plan for row in rows], flags=cell != "nn.LSTM")
     return Comparison(frame, array, trial.calibration, setting, record, advice, interrupted)
 
 
@@ -191,11 +203,12 @@ class _Trial:
 
     def __init__(self, workload: Workload, lengths: IntArray, rows: list[_Row], seconds: float, progress: bool) -> None:
         self.workload, self.lengths, self.rows, self.progress = workload, lengths, rows, progress
-        self.seconds, self.begin = seconds, time.perf_counter()
+        self.seconds = seconds
         self.calibration: Calibration | None = None
+        self.per_cell = 0.0  # bytes
         offsets = np.append(0, np.cumsum(lengths))
-        tokens = np.arange(offsets[-1], dtype=np.int64) % VOCABULARY
-        self.data = PieceDataset(TokenArray(tokens.astype(np.uint8), offsets))
+        tokens = np.resize(np.arange(VOCABULARY, dtype=np.uint8), offsets[-1])
+        self.data = PieceDataset(TokenArray(tokens, offsets))
 
     def run(self) -> None:
         """Calibrate, predict, warm up and measure; what is known is in the rows at any time."""
@@ -210,14 +223,29 @@ class _Trial:
             return
         if not rows:
             return
-        self.calibration, per_cell = self._calibrate([row.plan for row in rows])
-        rows = [row for row in rows if self._choose(row, self.calibration.device, per_cell, len(rows))]
+        if not self._fits(rows, lambda: self._calibrate(rows)) or self.calibration is None:
+            return
+        rows = [row for row in rows if self._choose(row, self.calibration.device, len(rows))]
         for row in self._bar(rows, "warming up"):
-            self._warm_up(row)
-        rows = [row for row in rows if not row.note]
+            self._fits([row], partial(self._warm_up, row))
         for _ in self._bar(range(TURNS), "measuring"):
-            for row in self._bar(rows, "turn", unit="row"):
-                self._measure(row)
+            for row in self._bar([row for row in rows if not row.note], "turn", unit="row"):
+                self._fits([row], partial(self._measure, row))
+
+    def _fits(self, rows: list[_Row], job: Callable[[], None]) -> bool:
+        """Run a job; if memory runs out, note so on the rows that it concerns and return False."""
+        try:
+            job()
+        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+                raise
+        else:
+            return True
+        for row in rows:
+            row.note = "out of memory"
+        if self.workload.device.type == "cuda":  # after the error, which holds on to tensors, is gone
+            torch.cuda.empty_cache()
+        return False
 
     def _bar(self, items: Any, name: str, unit: str = "it") -> Iterator[Any]:
         from tqdm import tqdm
@@ -225,30 +253,33 @@ class _Trial:
         bar: Iterator[Any] = tqdm(items, disable=None if self.progress else True, desc=name, unit=unit, leave=False)
         return bar
 
-    def _calibrate(self, plans: list[Plan]) -> tuple[Calibration, float]:
-        """Fit the device model on grids that span the plans'; returns the bytes that a cell needs, too."""
-        fitted, held_out = grids(plans)
+    def _calibrate(self, rows: list[_Row]) -> None:
+        """Fit the device model on grids that span the plans', and see what memory a cell needs."""
+        fitted, held_out = grids([row.plan for row in rows])
         work, device = self.workload, self.workload.device
         work.module, work.table  # noqa: B018 - made before anything is timed
         work.grid(2, 2)()  # kernels are compiled
-        steps, lanes = fitted[len(fitted) // 2]
+        work.forget_gradients()
+        by_cells = sorted(fitted, key=np.prod)
+        steps, lanes = next((grid for grid in by_cells if np.prod(grid) >= _CELLS_TO_MEASURE), by_cells[-1])
         memory = peak_memory(work.grid(steps, lanes), device) or 0.0
-        per_cell = max(memory - work.weight_bytes / 3, 0.0) / (steps * lanes)
+        self.per_cell = max(memory - work.weight_bytes / 3, 0.0) / (steps * lanes)
         free = free_bytes(device) or float("inf")
-        fitted, held_out = ([g for g in some if per_cell * g[0] * g[1] < 0.5 * free] for some in (fitted, held_out))
+        fitted, held_out = ([g for g in some if self.per_cell * np.prod(g) < 0.5 * free] for some in (fitted, held_out))
         seconds = _CALIBRATION * self.seconds
-        found = calibrate(work.grid, fitted, held_out, device=device, seconds=seconds, progress=self.progress)
-        return found, per_cell
+        self.calibration = calibrate(
+            work.grid, at_least_three(fitted), held_out, device=device, seconds=seconds, progress=self.progress
+        )
 
-    def _choose(self, row: _Row, device: DeviceModel, per_cell: float, count: int) -> bool:
+    def _choose(self, row: _Row, device: DeviceModel, count: int) -> bool:
         """Predict a row and choose which batches to measure; False if none, with a note why."""
         row.seconds = device.times(*self.workload.effort(row.plan))
-        needed = per_cell * int((row.plan.steps * row.plan.lanes).max()) + self.workload.weight_bytes / 3
+        needed = self.per_cell * int((row.plan.steps * row.plan.lanes).max()) + self.workload.weight_bytes / 3
         free = free_bytes(self.workload.device)
         if free is not None and needed > 0.9 * free:
             row.note = _too_large("its largest batch needs", needed, free)
             return False
-        share = (1 - _CALIBRATION - _WARM_UP) * self.seconds / (TURNS * count)
+        share = (1 - _CALIBRATION - _WARM_UP) * self.seconds / ((TURNS + 1) * count)
         mean = float(row.seconds.mean())
         if mean > _PATIENCE * share:
             row.note = f"a batch takes about {mean:.1f} s, its share of the time is {share:.1f} s: give more seconds"
@@ -259,16 +290,11 @@ class _Trial:
         return True
 
     def _warm_up(self, row: _Row) -> None:
-        """Train on the largest batch, to know its memory, or note that it does not fit; shapes become known."""
+        """Train on the largest batch, to know its memory, and once on the sample, so that its shapes are known."""
         largest = np.array([np.argmax(row.plan.steps * row.plan.lanes)])
-        try:
-            row.memory = peak_memory(lambda: self._train(row, largest), self.workload.device)
-        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            if not _is_out_of_memory(error):
-                raise
-            row.note = "out of memory"
-            if self.workload.device.type == "cuda":
-                torch.cuda.empty_cache()
+        self.workload.forget_gradients()
+        row.memory = peak_memory(lambda: self._train(row, largest), self.workload.device)
+        self._train(row, row.sample)
 
     def _measure(self, row: _Row) -> None:
         timing = Timing()
@@ -297,6 +323,8 @@ class _Trial:
         common = {"step_loss_tokens": 1, "num_replicas": 1, "update": True, "position": {}}
         for step in range(len(batches)):
             batch: Any = collate(self.data.__getitems__(maker.place(step, common)))
+            if self.workload.device.type == "cuda":  # from other memory the copy would wait for the device
+                batch = batch.pin_memory()
             yield batch.to(self.workload.device, non_blocking=True)
 
 
@@ -318,10 +346,22 @@ def grids(plans: Sequence[Plan]) -> tuple[list[tuple[int, int]], list[tuple[int,
 
     fitted = [*cross(some_steps[::2], some_lanes[::2]), typical[3 * len(typical) // 4], typical[-1]]
     fitted = list(dict.fromkeys(fitted))
-    while len(fitted) < 3:  # one length or one number of lanes: larger ones say what steps and cells cost
-        top = max(fitted, default=(1, 1))
-        fitted += [(2 * top[0], top[1]), (top[0], 2 * top[1])]
+    fitted = at_least_three(fitted)
     return fitted, [grid for grid in cross(some_steps[1::2], some_lanes[1::2]) if grid not in fitted]
+
+
+def at_least_three(fitted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Add smaller grids - larger ones where there are none - until three numbers can be fitted.
+
+    >>> at_least_three([(8, 4)])
+    [(8, 4), (4, 4), (8, 2)]
+    """
+    fitted = list(fitted) or [(1, 1)]
+    while len(fitted) < 3:
+        steps, lanes = min(fitted, key=np.prod)
+        smaller = [grid for grid in ((max(steps // 2, 1), lanes), (steps, max(lanes // 2, 1))) if grid not in fitted]
+        fitted += smaller or [(2 * steps, lanes), (steps, 2 * lanes)]
+    return fitted
 
 
 def _spread(low: float, high: float) -> IntArray:
@@ -331,7 +371,3 @@ def _spread(low: float, high: float) -> IntArray:
 
 def _too_large(what: str, needed: float, free: int) -> str:
     return f"{what} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)

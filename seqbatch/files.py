@@ -1,5 +1,6 @@
 """Files that are never half written, and are known to be writable before there is work to lose."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ def replacing(path: "str | PathLike[str]") -> Iterator[IO[bytes]]:
     try:
         with open(handle, "wb") as file:
             yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # as other new files are
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ Job = Callable[[], object]
 _STATUS = Path("/proc/self/status")
 _MUCH_BETTER = 0.7  # share of the error that a price of large batches may leave
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
@@ -35,8 +38,8 @@ class Timing:
 
     Attributes:
         wall: Seconds on the clock; on a CUDA device between two events of its stream.
-        cpu: Seconds that the process's threads computed meanwhile. Far more than `wall` times threads is a
-            sign that others used the machine; far less, that the job waited.
+        cpu: Seconds that the process's threads computed meanwhile. Far less than `wall` times threads: the job
+            waited, or others used the machine.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -119,23 +122,25 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     record = {"cpu": cpu, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if torch.device(device).type == "cuda":
-        import triton
-
-        versions |= {"cuda": str(torch.version.cuda), "triton": triton.__version__}
+        versions["cuda"] = str(torch.version.cuda)
+        if find_spec("triton"):
+            versions["triton"] = version("triton")
         record["gpu"] = torch.cuda.get_device_name(device)
     versions["numba"] = numba.__version__
     return record | {"versions": ", ".join(f"{name} {version}" for name, version in versions.items())}
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Return the bytes that could still be allocated; None where the system does not say (CPU, not Linux)."""
+    """Return the bytes that could still be allocated, by a container too; None where the system does not say."""
     if torch.device(device).type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    return next(int(row.split()[1]) * 1024 for row in meminfo.read_text().splitlines() if row.startswith("MemAvail"))
+    available = _proc(Path("/proc/meminfo"), "MemAvailable")
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such limit
+        return available
+    return limit - used if available is None else min(available, limit - used)
 
 
 def peak_memory(job: Job, device: torch.device | str = "cpu") -> float | None:
@@ -151,20 +156,28 @@ def peak_memory(job: Job, device: torch.device | str = "cpu") -> float | None:
         job()
         torch.cuda.synchronize(device)
         return float(torch.cuda.max_memory_allocated(device) - before)
-    if not _CLEAR_REFS.exists():
-        job()
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    _CLEAR_REFS.write_text("5")  # the high-water mark begins anew
-    resident = _status("VmRSS")
+    resident = _begin_high_water()
     job()
-    return max(0.0, _status("VmHWM") - resident)
+    peak = _proc(_STATUS, "VmHWM")
+    return None if resident is None or peak is None else max(0.0, peak - resident)
 
 
-def _status(name: str) -> float:
-    return next(float(row.split()[1]) * 1024 for row in _STATUS.read_text().splitlines() if row.startswith(name))
+def _begin_high_water() -> int | None:
+    """Let the high-water mark begin anew, after what is free has gone back; the bytes resident now."""
+    try:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        _CLEAR_REFS.write_text("5")
+    except (OSError, TypeError):  # not Linux, or not allowed
+        return None
+    return _proc(_STATUS, "VmRSS")
+
+
+def _proc(path: Path, name: str) -> int | None:
+    """A line of kB of a file of the kernel's, in bytes; None where it is missing."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    return next((int(row.split()[1]) * 1024 for row in rows if row.startswith(name + ":")), None)
 
 
 @dataclass(frozen=True)
@@ -223,14 +236,16 @@ def calibrate(
     if len(set(fitted)) < 3:
         raise ValueError(f"three numbers need at least three grids to fit to, got {sorted(set(fitted))}")
     jobs: dict[tuple[int, int], Job] = {}
-    share, per_cell = seconds / (2 * len(points)), 0.0
+    share, took = seconds / (2 * len(points)), dict[tuple[int, int], float]()
     for steps, lanes in points:  # a first turn that is not counted
-        if len(jobs) >= 4 and per_cell * steps * lanes > seconds / 6:
+        # Time rises at most as steps and as lanes do.
+        at_most = (t * max(1.0, steps / s) * max(1.0, lanes / n) for (s, n), t in took.items())
+        if len(jobs) >= 4 and min(at_most) > seconds / 6:
             continue
         jobs[steps, lanes], timing = job(steps, lanes), Timing()
         with stopwatch(device, timing):
             jobs[steps, lanes]()
-        per_cell = timing.median / (steps * lanes)
+        took[steps, lanes] = timing.median
     timings = {point: Timing() for point in jobs}
     for _ in tqdm(range(15), disable=None if progress else True, unit="turn", desc="calibrating", leave=False):
         for point, run in jobs.items():
@@ -266,6 +281,6 @@ def _fit(points: "pd.DataFrame") -> DeviceModel:
     for large in np.sort(cells)[len(cells) // 2 : -2] if len(cells) > 5 else ():
         numbers, left = solve(np.column_stack([terms, 1e-9 * np.maximum(cells - large, 0)]))
         if left < _MUCH_BETTER * error:
-            *three, more = map(float, numbers)
-            best, error = DeviceModel(*three, large_batch=float(large), large_cell_ns=more), left / _MUCH_BETTER
+            batch, step, cell, more = map(float, numbers)
+            best, error = DeviceModel(batch, step, cell, float(large), more), left / _MUCH_BETTER
     return best

@@ -83,6 +83,8 @@ def plot_measured(frame: "pd.DataFrame", *, device: "DeviceModel | None" = None,
     ax = ax or _new_axes()
     for name, (marker, colour, line) in _styles(frame).items():
         rows = frame[frame["strategy"] == name].dropna(subset="batch_size")
+        if not len(rows):
+            continue
         ax.plot(rows["batch_size"], rows["predicted"] / 1e3, color=colour, linestyle=line, linewidth=1.2)
         rows = rows.dropna(subset="measured")
         middle = rows["measured"] / 1e3
@@ -262,8 +264,10 @@ def _styles(frame: "pd.DataFrame") -> dict[str, tuple[str, str, str]]:
 
 def _draw(ax: "Axes", frame: "pd.DataFrame", column: str) -> None:
     """Draw a line for each strategy that was sized, over a logarithmic axis of batch sizes."""
-    for name, (marker, colour, line) in _styles(frame.dropna(subset="batch_size")).items():
-        rows = frame[frame["strategy"] == name]
+    for name, (marker, colour, line) in _styles(frame).items():
+        rows = frame[frame["strategy"] == name].dropna(subset="batch_size")
+        if not len(rows):
+            continue
         ax.plot(rows["batch_size"], rows[column], marker=marker, color=colour, linestyle=line, label=_spaced(name),
                 linewidth=1.2, **_POINTS)  # fmt: skip
     _size_axis(ax, frame)

@@ -9,10 +9,9 @@ import re
 from collections.abc import Sequence
 from html import escape
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqbatch.files import check_writable
+from seqbatch.files import check_writable, replacing
 from seqbatch.report_figures import ground_figures, talk_figures, timelines
 
 if TYPE_CHECKING:
@@ -122,7 +121,8 @@ def write_page(path: "str | PathLike[str]", title: str, sections: Sequence[str],
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n{paragraphs}{nav}{''.join(parts)}</main>\n</body>\n</html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    with replacing(path) as file:
+        file.write(page.encode())
 
 
 def comparison_section(comparison: "Comparison", title: str) -> str:
@@ -136,7 +136,7 @@ def comparison_section(comparison: "Comparison", title: str) -> str:
         f"<h2>{escape(title)}</h2>",
         _advice(comparison.recommendation),
         "<h3>Strategies and batch sizes</h3>",
-        _table(comparison.frame),
+        _table(comparison.frame, comparison.recommendation),
         talk_figures(comparison),
         "<h3>Batches of each strategy</h3>",
         timelines(comparison),
@@ -159,8 +159,8 @@ def _advice(found: Any) -> str:
     )
 
 
-def _table(frame: "pd.DataFrame") -> str:
-    """One body for each strategy, the fastest measured row marked in words too."""
+def _table(frame: "pd.DataFrame", advice: Any) -> str:
+    """One body for each strategy; the fastest measured row and the recommended one are marked in words too."""
     frame = frame.reset_index(drop=True)
     best = frame["measured"].idxmax() if frame["measured"].notna().any() else None
     text = ("strategy", "note", "settings")
@@ -169,7 +169,7 @@ def _table(frame: "pd.DataFrame") -> str:
     )
     bodies = []
     for _, rows in frame.groupby("strategy", sort=False):
-        lines = [_row(row, best is not None and index == best) for index, row in rows.iterrows()]
+        lines = [_row(row, _marks(row, index == best, advice)) for index, row in rows.iterrows()]
         bodies.append(f"<tbody>\n{''.join(lines)}</tbody>\n")
     long = " long" if len(frame) > _LONG_TABLE else ""
     label = f"{len(frame)} rows: strategies and batch sizes"
@@ -187,10 +187,17 @@ def _table_hint(frame: "pd.DataFrame") -> str:
     )
 
 
-def _row(row: "pd.Series[Any]", best: bool) -> str:
+def _marks(row: "pd.Series[Any]", fastest: bool, advice: Any) -> list[str]:
+    """What is said of a row: that it is the one to use, or the fastest."""
+    chosen = advice is not None and (row["strategy"], row["settings"]) == (advice.strategy, advice.settings)
+    return ["recommended"] * chosen + ["fastest measured"] * fastest
+
+
+def _row(row: "pd.Series[Any]", marks: list[str]) -> str:
     size, low, high = row["batch_size"], row["low"], row["high"]
     spread = f" <small>({_round(low)} to {_round(high)})</small>" if _known(low) and _known(high) else ""
     name = escape(str(row["strategy"]).replace("_", " "))
+    said = "".join(f"<strong>{mark}</strong> " for mark in marks)
     cells = [
         f"<td>{f'{size:g}' if _known(size) else '-'}</td>",
         f"<td>{_percent(row['padding_efficiency'], 1)}</td>",
@@ -199,10 +206,10 @@ def _row(row: "pd.Series[Any]", best: bool) -> str:
         f"<td>{_percent(row['error'], 1, sign='+')}</td>",
         f"<td>{_round(row['memory_mib'])}</td>",
         f"<td>{_percent(row['loader_share'], 1)}</td>",
-        f'<td class="text note">{"<strong>fastest measured</strong> " * best}{escape(str(row["note"] or ""))}</td>',
+        f'<td class="text note">{said}{escape(str(row["note"] or ""))}</td>',
         f'<td class="text"><code>{escape(str(row["settings"]))}</code></td>',
     ]
-    return f'<tr{" class=best" * best}><th scope="row" class="text">{name}</th>{"".join(cells)}</tr>\n'
+    return f'<tr{" class=best" * bool(marks)}><th scope="row" class="text">{name}</th>{"".join(cells)}</tr>\n'
 
 
 def _known(value: Any) -> bool:

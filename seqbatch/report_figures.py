@@ -40,9 +40,12 @@ def talk_figures(comparison: "Comparison") -> str:
     """The two figures of Unno's 2015 talk: what is used, and what more lanes bring."""
     frame = comparison.frame
     device = comparison.calibration.device if comparison.calibration else None
-    knee = "There is no knee at which"
-    if device is not None and device.knee < float("inf"):
-        knee = f"The knee, {device.knee:.0f} lanes, is where"
+    knee = ""
+    if device is not None and 0 < device.knee < float("inf"):
+        knee = (
+            f" The knee, {device.knee:.0f} lanes, is where the cells of a step cost as much as the step itself: from "
+        )
+        knee += "there on only what holds tokens makes training faster."
     return _figures(
         figure(
             lambda ax: plot_efficiency(frame, lengths=comparison.lengths, ax=ax),
@@ -53,8 +56,7 @@ def talk_figures(comparison: "Comparison") -> str:
         figure(
             lambda ax: plot_measured(frame, device=device, ax=ax),
             "Real tokens per second against batch size. " + _ends(frame, "predicted", "{:.3g}"),
-            f"Lines are predicted, points measured, with their range. {knee} the cells of a step cost as much as "
-            "the step itself: from there on only what holds tokens makes training faster.",
+            f"Lines are predicted, points measured, with their range.{knee}",
         ),
     )
 

@@ -12,7 +12,7 @@ from seqbatch.batch import SequenceBatch
 from seqbatch.measure import Job
 from seqbatch.ordering import IntArray
 from seqbatch.plan import Plan
-from seqbatch.rnn.lstm import ragged_ends
+from seqbatch.rnn import lstm
 from seqbatch.strategy import check_choice, check_integer
 
 __all__ = ["CELLS", "VOCABULARY", "Workload"]
@@ -62,7 +62,7 @@ class Workload:
     @cached_property
     def module(self) -> nn.Module:
         """The layers, on the device."""
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             return self._make(self.device)
 
@@ -104,30 +104,33 @@ class Workload:
         cells = steps * plan.lanes
         if self.device.type == "cpu":
             held = np.bincount(lane, plan.length, minlength=len(resets)).astype(np.int64)
-            for i in np.flatnonzero(steps == plan.steps):
+            large = cells * self.hidden >= lstm.SAVED_AT_LEAST
+            for i in np.flatnonzero((steps == plan.steps) & large):
                 lengths = torch.from_numpy(held[first[i] : first[i] + plan.lanes[i]])
-                ends = ragged_ends(lengths, int(steps[i]), self.hidden)
+                ends = lstm.ragged_ends(lengths, int(steps[i]), self.hidden)
                 if len(ends) > 2:
                     steps[i], calls[i] = ends[-1], len(ends) - 1
                     cells[i] = sum((end - begin) * int((lengths > begin).sum()) for begin, end in pairwise(ends))
         return steps, cells, calls
+
+    def forget_gradients(self) -> None:
+        """Free the memory of all gradients."""
+        self.module.zero_grad(set_to_none=True)
 
     def train(self, batch: SequenceBatch, state: Any = None) -> Any:
         """Run a batch of tokens forward and backward, and return the state after it."""
         return self._train(batch.data, batch.carry_in(state), batch.reset, batch.mask)
 
     def grid(self, steps: int, lanes: int) -> Job:
-        """The job of a full grid; an LSTM's has a reset inside, since that is the path it takes in most batches."""
+        """The job of a full grid, with the flags of a loader's batch: every lane begins with a reset."""
         tokens = torch.arange(steps * lanes, device=self.device).view(steps, lanes) % VOCABULARY
         mask = torch.ones(steps, lanes, dtype=torch.bool, device=self.device)
         reset = torch.zeros_like(mask)
         reset[0] = True
-        if self.cell == "lstm":
-            reset[(steps - 1) // 2, 0] = True
         return lambda: self._train(tokens, None, reset, mask)
 
     def _train(self, tokens: Tensor, state: Any, reset: Tensor | None, mask: Tensor | None) -> Any:
-        self.module.zero_grad(set_to_none=True)
+        self.forget_gradients()
         features = self.table[tokens].requires_grad_()
         flags = {} if self.cell == "nn.LSTM" else {"reset": reset, "mask": mask}
         output, state = self.module(features, state, **flags)

@@ -25,9 +25,9 @@ def pytest_report_header() -> str:
     return f"numpy {np.__version__}, scipy {scipy.__version__}, pandas {pd.__version__}, numba {numba.__version__}"
 
 
-@pytest.fixture(scope="module", params=[0, lstm._WORTH], ids=["in pieces", "where it pays"])
+@pytest.fixture(scope="module", params=[0, lstm.SAVED_AT_LEAST], ids=["in pieces", "where it pays"])
 def pieces_of_time(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small LSTMs take the path for ragged lanes too, which by itself only large ones do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lstm, "_WORTH", request.param)
+        patch.setattr(lstm, "SAVED_AT_LEAST", request.param)
         yield

@@ -150,6 +150,35 @@ def test_compare_writes_a_figure_and_a_page(lengths: str, tmp_path: Path) -> Non
     assert "Train with" in page.read_text()
 
 
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_compare_without_matplotlib_says_so_before_the_work(
+    option: str, lengths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what to install."""
+    monkeypatch.setattr("seqbatch.command_line.find_spec", lambda name: None)
+    monkeypatch.setattr("seqbatch.compare._Trial.run", None)
+    result = run("compare", lengths, option, str(tmp_path / "a.svg"))
+
+    assert result.exit_code == 1
+    assert "pip install 'seqbatch[plot]'" in result.stderr
+
+
+def test_compare_prints_its_rows_whatever_becomes_of_the_page(
+    lengths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five minutes of measuring are not lost to a full disk."""
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("seqbatch.report.write_page", full)
+    result = run("compare", lengths, *QUICK, "--html", str(tmp_path / "page.html"))
+
+    assert result.exit_code == 1
+    assert "Train with" in result.stdout
+    assert "no space left" in result.stderr
+
+
 def test_compare_that_is_interrupted_prints_what_it_has(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And ends with 130, as a shell expects of Ctrl-C."""
     from seqbatch.compare import _Trial

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import seqbatch
 from seqbatch import Chunking, Packing, Padding, Splicing, compare, workload
 from seqbatch.advice import recommend
 from seqbatch.compare import Comparison, _Trial, grids
@@ -54,7 +55,7 @@ def test_measured_batches_are_the_plans(strategy: Strategy) -> None:
 def test_an_lstm_pays_for_what_its_layer_runs(worth: int, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inserted steps, and only lanes that have not ended; an SRU for the grid."""
     plan, work, ran = strategy.plan(LENGTHS), Workload("lstm", hidden=4), []
-    monkeypatch.setattr(lstm, "_WORTH", worth)
+    monkeypatch.setattr(lstm, "SAVED_AT_LEAST", worth)
     stock = lstm._stock
     monkeypatch.setattr(lstm, "_stock", lambda x, *rest: (ran.append(x.shape[:2]), stock(x, *rest))[1])
     expected = []
@@ -100,9 +101,10 @@ def test_weights_that_do_not_fit_are_never_made(monkeypatch: pytest.MonkeyPatch)
 def test_a_batch_that_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of smaller batches go on."""
     weights = Workload(hidden=64).weight_bytes / 3
-    fitted, _ = grids([Padding(size).plan(LENGTHS) for size in (1, 200)])
-    steps, lanes = fitted[len(fitted) // 2]
-    monkeypatch.setattr(compare, "peak_memory", lambda job, device: (job(), weights + 1000 * steps * lanes)[1])
+    cells: list[int] = []
+    grid = Workload.grid
+    monkeypatch.setattr(Workload, "grid", lambda self, *size: (cells.append(int(np.prod(size))), grid(self, *size))[1])
+    monkeypatch.setattr(compare, "peak_memory", lambda job, device: (job(), weights + 1000 * cells[-1])[1])
     calls: list[int] = []
 
     def free(device: object) -> int:
@@ -117,9 +119,16 @@ def test_a_batch_that_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -
     assert found.frame["measured"].notna().tolist() == [True, False]
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("not enough memory: tried")]
-)
+ERRORS = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error)[:20])
 def test_running_out_of_memory_ends_a_row_and_no_other(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other errors are not hidden."""
     train = Workload.train
@@ -137,6 +146,45 @@ def test_running_out_of_memory_ends_a_row_and_no_other(error: Exception, monkeyp
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         run(strategies=["padding"])
+
+
+def test_memory_that_runs_out_while_calibrating_or_measuring_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all rows, or on the one that was measured: what was measured before stays."""
+    measure, calls = _Trial._measure, []
+
+    def failing(self: _Trial, row: Any) -> None:
+        calls.append(row)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        measure(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trial, "_measure", failing)
+        found = run(strategies=["padding", "splicing"], batch_sizes=[4])
+    assert found.frame["note"].tolist() == ["", "out of memory"]
+    assert found.frame["measured"].notna().all()
+    monkeypatch.setattr(Workload, "grid", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    found = run(strategies=["padding"])
+    assert found.frame["note"].tolist() == ["out of memory"] * 2
+    assert found.calibration is None
+
+
+def test_strategies_ready_made_have_one_row_each() -> None:
+    """Without a batch size; the advice names them."""
+    found = run(strategies=[Padding(4), Splicing(8, 8)])
+
+    assert found.frame["batch_size"].isna().all()
+    assert found.recommendation is not None and found.recommendation.batch_size is None
+    assert found.recommendation.settings in ("Padding(4)", "Splicing(8, 8)")
+
+
+def test_the_measured_speed_is_of_all_batches_whatever_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is as predicted every sample says the same, though costs are skewed."""
+    plan = Padding(1).plan(np.r_[np.full(90, 2), np.full(10, 500)])
+    seconds = plan.steps * 1e-3
+    for sample in ([0], [99], [3, 50, 97], list(range(100))):
+        row = compare._Row("padding", 1, Padding(1), plan, seconds, np.array(sample))
+        assert pytest.approx(plan.tokens / seconds.sum()) == row.speed(float(seconds[sample].sum()))
 
 
 def test_ctrl_c_keeps_the_rows_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +238,8 @@ def test_few_and_equal_lengths(lengths: list[int]) -> None:
         ({"seconds": float("nan")}, "seconds must be a number above 0, got nan"),
         ({"batch_sizes": [0]}, "a batch size must be at least 1, got 0"),
         ({"strategies": "splice"}, "a strategy must be one of"),
+        ({"strategies": []}, "nothing to compare: give at least one strategy"),
+        ({"batch_sizes": []}, "nothing to compare: give at least one strategy and one batch size"),
     ],
 )
 def test_bad_settings_are_told_before_any_work(
@@ -216,6 +266,8 @@ def test_grids_span_the_plans() -> None:
     assert not set(fitted) & set(held_out)
     assert max(s * b for s, b in fitted + held_out) <= max(int((p.steps * p.lanes).max()) for p in plans)
     assert len(grids([Padding(1).plan([1])])[0]) >= 3
+    alone = Padding(64).plan(np.full(200, 1000))
+    assert max(s * b for s, b in grids([alone])[0]) <= 64_000
 
 
 def rows(**columns: Any) -> pd.DataFrame:
@@ -258,7 +310,34 @@ def test_the_sentence_compares_with_padding_at_its_best() -> None:
     assert "2.00 times zero padding at its best" in advice.sentence
     assert "there the gradient stops" in advice.sentence
     assert "carry_in" in advice.code
-    compile(advice.code, "advice", "exec")
+
+
+@pytest.mark.parametrize("cell", workload.CELLS)
+@pytest.mark.parametrize("strategy", ["padding", "splicing"])
+def test_the_code_runs(cell: str, strategy: str) -> None:
+    """As it is printed, for every cell."""
+    found = run(cell=cell, strategies=[strategy], batch_sizes=[4])
+    if found.recommendation is None:
+        assert (cell, strategy) == ("nn.LSTM", "splicing")
+        return
+    data = seqbatch.TokenArray.of_sequences([[1, 2, 3]] * 20)
+    embed, rnn = torch.nn.Embedding(8, 4), Workload(cell, hidden=4).module
+    names = {"seqbatch": seqbatch, "dataset": data, "embed": embed, "rnn": rnn}
+    exec(found.recommendation.code, names)
+    assert names["output"].shape[-1] == 4  # type: ignore[attr-defined]
+
+
+def test_the_sentence_says_what_it_leaves_open() -> None:
+    """Rows that were not measured, sequences that are cut, padding that is as fast."""
+    half = recommend(rows(measured=[100.0, np.nan]), [PLANS["whole"]] * 2)
+    cut = recommend(rows(measured=[100.0]), [PLANS["cut"]])
+    even = recommend(
+        rows(measured=[100.0, 98.0], strategy=["padding", "splicing"], batches=[1, 9]), [PLANS["whole"]] * 2
+    )
+
+    assert "Only 1 of 2 rows were measured" in half.sentence  # type: ignore[union-attr]
+    assert "are cut, and no state is carried" in cut.sentence  # type: ignore[union-attr]
+    assert "about as fast as zero padding" in even.sentence  # type: ignore[union-attr]
 
 
 def test_without_measurements_the_prediction_decides() -> None:

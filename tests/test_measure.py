@@ -112,6 +112,22 @@ def test_grids_that_take_too_long_are_left_out(exact: Callable[[int, int], Calla
     assert {(1, 1), (1, 64), (64, 1), (8, 8)} == set(ran)
 
 
+def test_a_device_that_pays_by_the_step_keeps_its_grids_of_many_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of many steps by one lane says little of what many lanes take."""
+    model, ran = DeviceModel(batch_us=300, step_us=45, cell_ns=2), []
+
+    @contextmanager
+    def watch(device: object, into: Timing) -> Iterator[None]:
+        yield
+        into.wall.append(float(model.times(ran[-1][0], np.prod(ran[-1]))))
+
+    monkeypatch.setattr(measure, "stopwatch", watch)
+    grids = [(s, b) for s in (64, 438, 3000) for b in (1, 8, 64)]
+    found = calibrate(lambda *grid: lambda: ran.append(grid), grids, seconds=0.6)  # type: ignore[arg-type]
+
+    assert {(64, 64), (438, 64)} <= set(zip(found.points["steps"], found.points["lanes"], strict=True))
+
+
 def test_two_grids_are_too_few() -> None:
     """Three numbers cannot come out of them."""
     with pytest.raises(ValueError, match="at least three grids to fit to, got"):

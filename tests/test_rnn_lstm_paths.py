@@ -190,7 +190,7 @@ def test_ragged_lanes_that_begin_with_a_reset(monkeypatch: pytest.MonkeyPatch) -
     reset[0] = torch.tensor([True, True, False, True])
     hx = tuple(torch.randn(2, 4, 4, dtype=torch.float64) for _ in range(2))
     calls: list[int] = []
-    monkeypatch.setattr(lstm, "_WORTH", 0)  # however little it saves
+    monkeypatch.setattr(lstm, "SAVED_AT_LEAST", 0)  # however little it saves
     ragged = LSTM._run_ragged
     monkeypatch.setattr(LSTM, "_run_ragged", lambda *arguments: (calls.append(1), ragged(*arguments))[1])
     output, state = rnn(x, hx, reset=reset, mask=mask)

@@ -62,7 +62,8 @@ def main(device: str) -> None:
             chosen = group.loc[group["recommended"], "measured"].iloc[0]
             print(
                 f"{part}, {corpus}, {cell}: {len(group)} rows, error median {error.median():.1%}, "
-                f"worst {error.max():.1%}; within 30 %: {(error <= 0.3).mean():.0%}; recommended / best {chosen / best:.3f}"
+                f"worst {error.max():.1%}; within 30 %: {(error <= 0.3).mean():.0%}; "
+                f"recommended / best {chosen / best:.3f}"
             )
     error = rows["error"].abs()
     print(f"all: median {error.median():.1%}, worst {error.max():.1%}, within 30 %: {(error <= 0.3).mean():.0%}")

@@ -1,6 +1,6 @@
 """Does the cost model predict what is measured, and is the recommendation the best? See README.md beside this file.
 
-python -m experiments.prediction.run [--part prediction|lanes] [--device cpu|cuda] [--seconds 100] [--quick]
+python -m experiments.prediction.run [--part prediction|lanes] [--device cpu|cuda] [--seconds 75] [--quick]
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from seqbatch.workload import CELLS
 
 HERE = Path(__file__).parent
 LANES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+KEYS = ("corpus", "cell", "hidden", "device", "dtype")
 SPEECH_FRAMES = 4  # 10 ms frames that speech encoders stack into one step
 
 
@@ -35,7 +36,7 @@ def tidy(found: Comparison, part: str, corpus: str) -> pd.DataFrame:
     setting = {name: found.setting[name] for name in ("cell", "hidden", "device", "dtype")}
     advice = found.recommendation
     chosen = [advice is not None and row == (advice.strategy, advice.batch_size) for row in _names(found.frame)]
-    frame = found.frame.drop(columns="note").assign(recommended=chosen)
+    frame = found.frame.assign(recommended=chosen)
     return frame.assign(part=part, corpus=corpus, **setting, **environment(str(found.setting["device"])))
 
 
@@ -97,13 +98,14 @@ def keep(found: Comparison, part: str, corpus: str, device: str, quick: bool) ->
             float_format="%.3g"
         )
     )
+    if found.interrupted:
+        raise SystemExit(130)  # what was finished before is written, this one not
     if not quick:
         for rows, name in ((frame, "results"), (points(found, corpus), "grids")):
             path = HERE / f"{name}-{device.split(':')[0]}.csv"
-            before = pd.read_csv(path) if path.exists() else pd.DataFrame()
-            pd.concat([before, rows]).to_csv(path, index=False, float_format="%.6g")
-    if found.interrupted:
-        raise SystemExit(130)
+            before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=rows.columns)
+            same = (before[list(KEYS)] == rows[list(KEYS)].iloc[0]).all(axis=1)  # of an earlier run
+            pd.concat([before[~same], rows]).to_csv(path, index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":

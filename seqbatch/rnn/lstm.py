@@ -19,12 +19,12 @@ from seqbatch.rnn.calls import Call
 from seqbatch.rnn.checks import check_offsets
 from seqbatch.rnn.flush import Layout, holes, move
 
-__all__ = ["LSTM", "SlowPathWarning", "ragged_ends"]
+__all__ = ["LSTM", "SAVED_AT_LEAST", "SlowPathWarning", "ragged_ends"]
 
 State = tuple[Tensor, Tensor]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _SEGMENTS = 4  # pieces of time, each up to where another quarter of the lanes ends
-_WORTH = 2**18  # cells times units that must be saved: each piece more costs about a quarter of this
+SAVED_AT_LEAST = 2**18  # cells times units that must be saved: each piece more costs about a quarter of this
 _CLOSED = 1e4  # closes gates exactly while |bias + W_hh h| stays below about 9,900; float16 can hold it
 
 
@@ -302,7 +302,7 @@ def ragged_ends(lengths: Tensor, steps: int, hidden_size: int) -> list[int]:
     quarters = [-(-len(lengths) * i // _SEGMENTS) - 1 for i in range(1, _SEGMENTS + 1)]
     ends = list(dict.fromkeys([0, *lengths.sort().values[quarters].tolist()]))
     run = sum((end - begin) * int((lengths > begin).sum()) for begin, end in pairwise(ends))
-    return ends if (steps * len(lengths) - run) * hidden_size >= _WORTH and run else [0, steps]
+    return ends if (steps * len(lengths) - run) * hidden_size >= SAVED_AT_LEAST and run else [0, steps]
 
 
 def _cleared(state: State, reset: Tensor | None) -> State:
