@@ -127,6 +127,11 @@ def plot_prediction(frame: "pd.DataFrame", points: "pd.DataFrame | None" = None,
     ax.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="0.9", zorder=0, label=f"within {_BAND:.0%}")
     ax.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    ticks = [n * 10.0**e for e in range(-3, 12) for n in (1, 2, 5) if low <= n * 10.0**e <= high]
+    labels = [f"{tick / 1e3:g}k" if tick >= 1e3 else f"{tick:g}" for tick in ticks]
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    ax.minorticks_off()
     ax.set(xlabel="measured real tokens / s", ylabel="predicted real tokens / s")
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title("How far predictions can be trusted", loc="left")

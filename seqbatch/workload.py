@@ -122,11 +122,16 @@ class Workload:
         return self._train(batch.data, batch.carry_in(state), batch.reset, batch.mask)
 
     def grid(self, steps: int, lanes: int) -> Job:
-        """The job of a full grid, with the flags of a loader's batch: every lane begins with a reset."""
-        tokens = torch.arange(steps * lanes, device=self.device).view(steps, lanes) % VOCABULARY
-        mask = torch.ones(steps, lanes, dtype=torch.bool, device=self.device)
+        """The job of a full grid, with what a loader's batches have: flags, a cell of padding, and for an LSTM one
+        reset inside a lane. That costs a step, so there is one less.
+        """
+        rows = steps - 1 if self.cell == "lstm" and steps > 2 else steps
+        tokens = torch.arange(rows * lanes, device=self.device).view(rows, lanes) % VOCABULARY
+        mask = torch.ones(rows, lanes, dtype=torch.bool, device=self.device)
         reset = torch.zeros_like(mask)
         reset[0] = True
+        mask[-1, -1] = rows == 1
+        reset[rows // 2, 0] = rows < steps or rows == 1
         return lambda: self._train(tokens, None, reset, mask)
 
     def _train(self, tokens: Tensor, state: Any, reset: Tensor | None, mask: Tensor | None) -> Any:

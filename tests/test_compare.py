@@ -68,6 +68,20 @@ def test_an_lstm_pays_for_what_its_layer_runs(worth: int, strategy: Strategy, mo
     assert plan.steps.tolist() == Workload("sru", hidden=4).effort(plan)[0].tolist()
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (9, 4), (16, 1)])
+def test_a_grid_to_calibrate_by_runs_as_many_steps_as_it_says(
+    grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an LSTM's inserted step."""
+    ran: list[tuple[int, int]] = []
+    stock = lstm._stock
+    monkeypatch.setattr(lstm, "_stock", lambda x, *rest: (ran.append(tuple(x.shape[:2])), stock(x, *rest))[1])
+    Workload("lstm", hidden=4).grid(*grid)()
+    Workload("sru", hidden=4).grid(*grid)()
+
+    assert [grid] == ran
+
+
 def test_torch_s_own_lstm_runs_only_what_it_can() -> None:
     """The other rows say why not."""
     found = run(cell="nn.LSTM", strategies=["padding", "splicing", "packing", "chunking", "chunking_carry"])

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from experiments.asr_lengths.forms import ROWS, Batches, Encoder, Row, Utterances, deviations, loss_of
-from experiments.common import environment, peak_mib, write_rows
+from experiments.common import peak_mib, write_rows
 from seqbatch import load_corpus
+from seqbatch.measure import environment
 from seqbatch.placement import Placement
 
 HERE = Path(__file__).parent

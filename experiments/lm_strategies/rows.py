@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.common import environment
+from seqbatch.measure import environment
 
 __all__ = ["Elsewhere", "append_rows", "machine"]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.common import environment, write_rows
+from experiments.common import write_rows
 from experiments.planning.run import lengths
 from seqbatch import BucketStream, PackStream, SpliceStream, StreamLoader
+from seqbatch.measure import environment
 
 HERE = Path(__file__).parent
 MARKS = (0.02, 0.1, 0.5, 1.0)

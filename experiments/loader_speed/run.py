@@ -19,9 +19,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from experiments.common import environment, write_rows
+from experiments.common import write_rows
 from experiments.planning.run import lengths
 from seqbatch import Bucketing, Packing, TokenArray, make_loader
+from seqbatch.measure import environment
 from seqbatch.stream_plans import Open, plan_pool, plan_windows
 
 HERE = Path(__file__).parent

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.common import environment, peak_mib, spread, timed, write_rows
+from experiments.common import peak_mib, spread, write_rows
 from seqbatch import Bucketing, Packing
 from seqbatch.edges import find_edges
+from seqbatch.measure import environment, timed
 from seqbatch.ordering import IntArray
 from seqbatch.plan import Plan
 from seqbatch.simulate import rank_balance, re_meeting
@@ -70,7 +71,7 @@ def measure(name: str, count: int, repeats: int) -> list[dict[str, object]]:
     jobs = {"argsort": lambda: np.argsort(array, kind="stable")}
     jobs |= {what: lambda s=s: s.plan(array, epoch=next(epoch)) for what, s in strategies.items()}
     jobs["finding 8 optimal edges alone"] = lambda: find_edges(array, 8)
-    seconds = timed(jobs, repeats)
+    seconds = {name: timing.wall for name, timing in timed(jobs, repeats).items()}
     rows = []
     for what in jobs:
         ratios = [mine / base for mine, base in zip(seconds[what], seconds["argsort"], strict=True)]

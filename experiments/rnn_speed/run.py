@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from experiments.common import environment, write_rows
+from experiments.common import write_rows
+from seqbatch.measure import environment
 from seqbatch.rnn import LSTM, SRU
 from seqbatch.rnn.ops import sru_scan
 

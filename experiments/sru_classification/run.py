@@ -19,12 +19,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from experiments.common import environment
 from experiments.sru_classification.figure import draw
 from experiments.sru_classification.models import ENCODERS, Classifier
 from experiments.texts import sentences
 from seqbatch import Bucketing, Padding, make_loader
 from seqbatch.loader import PlanLoader
+from seqbatch.measure import environment
 
 HERE = Path(__file__).parent
 DATASETS = ("cr", "subj", "mr")
