@@ -52,7 +52,8 @@ class Comparison:
         frame: One row per strategy and batch size; see :func:`compare`.
         lengths: (N,) the lengths compared.
         calibration: The device model and the grids it was fitted to and tested on.
-        setting: ``cell``, ``hidden``, ``layers``, ``device``, ``dtype``, ``chunk_size``, ``seed``.
+        setting: ``cell``, ``hidden``, ``layers``, ``device``, ``dtype``, ``chunk_size``,
+            ``seconds``, ``seed``.
         environment: Machine and versions.
         recommendation: Which row to use and why; None where no row ran or was predicted.
         interrupted: Whether Ctrl-C ended it; rows that were measured at least once are there.
