@@ -144,8 +144,8 @@ class LSTM(nn.LSTM):
     def _run(self, x: Tensor, reset: Tensor | None, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         if not x.shape[1]:
             return x.new_zeros(*x.shape[:2], self._output_size()), state
-        whole = reset is None or (not x.is_cuda and not bool(reset[1:].any()))  # one sequence a lane
-        if mask is not None and whole and not x.is_cuda and not self.bidirectional:
+        may_be_ragged = not x.is_cuda and not self.bidirectional
+        if mask is not None and may_be_ragged and (reset is None or not bool(reset[1:].any())):  # one sequence a lane
             lengths = mask.sum(0)
             worth = len(ragged_ends(lengths, len(x), self.hidden_size)) > 2
             if worth and bool((mask == (torch.arange(len(x), device=x.device)[:, None] < lengths)).all()):
