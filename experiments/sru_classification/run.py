@@ -187,7 +187,7 @@ def warm_up(data: Parts, device: str) -> None:
 @click.command()
 @click.option("--dataset", "datasets", multiple=True, type=click.Choice(DATASETS), help="Only this; may be repeated.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of each model, each with a division of its own.")
-@click.option("--epochs", default=6, show_default=True, help="At most.")
+@click.option("--epochs", default=5, show_default=True, help="At most.")
 @click.option("--patience", default=2, show_default=True, help="Epochs without a better validation part to stop after.")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--quick", is_flag=True, help="One seed, two epochs, 15 % of the sentences; writes nothing.")
