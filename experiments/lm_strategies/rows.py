@@ -43,19 +43,19 @@ class Elsewhere:
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows to a CSV file, which gets its header from the first row.
+    """Append rows to a CSV file, in the order of its columns; a new one gets its header from the first row.
 
     Raises:
         ValueError: the file has other columns.
     """
-    new = not path.exists()
+    new, header = not path.exists(), list(rows[0])
     if not new:
         with open(path, newline="") as file:
             header = next(csv.reader(file))
-        if header != list(rows[0]):
+        if sorted(header) != sorted(rows[0]):
             raise ValueError(f"{path} has the columns {header}, the new rows have {list(rows[0])}: move the file away")
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, header)
         if new:
             writer.writeheader()
         writer.writerows(rows)
