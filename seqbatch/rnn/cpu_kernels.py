@@ -4,98 +4,44 @@ Both walks see one view of their data, whatever the form: lane n has ``length[n]
 lies in row ``first[n] + s * stride``, and rows are (k, H) planes. The padded form has stride B, the
 flat form has stride 1. Each call works on some lanes and some columns of one direction and touches
 nothing else, so calls run side by side; interpreter lock released.
-
-In float32 the sigmoid is a rational function (absolute error 1.5e-7), which LLVM turns into vector
-code; ``exp`` would be a scalar call for each element. In float64 it is exact.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 from numpy.typing import NDArray
 
-from seqbatch.compiling import compiled
+from seqbatch.rnn.activations import compiled_fast, sigmoid
 
 __all__ = ["backward", "forward"]
 
 Kernel = Callable[..., None]
 Array = NDArray[Any]
 
-# Values may be fused and divisions turned around, but NaN and infinity keep their meaning.
-_FAST = {"contract", "arcp", "nsz"}
 
-
-def _compiled(function: Kernel) -> Kernel:
-    return compiled(function, fastmath=_FAST, error_model="numpy")
-
-
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
-
-
-@overload(_sigmoid, jit_options={"fastmath": _FAST, "error_model": "numpy"})
-def _sigmoid_of(x: Any) -> Callable[[Any], Any]:
-    """1/2 + tanh(x/2)/2; the float32 tanh is a minimax quotient of odd and even polynomials."""
-
-    def exact(x: Any) -> Any:
-        return 1 / (1 + np.exp(-x))
-
-    if x != types.float32:
-        return exact
-    half, edge = np.float32(0.5), np.float32(7.99881172180175781)
-    p0, p1, p2, p3, p4, p5, p6 = (
-        np.float32(p)
-        for p in (
-            4.89352455891786e-03,
-            6.37261928875436e-04,
-            1.48572235717979e-05,
-            5.12229709037114e-08,
-            -8.60467152213735e-11,
-            2.00018790482477e-13,
-            -2.76076847742355e-16,
-        )
-    )
-    q0, q1, q2, q3 = (
-        np.float32(q) for q in (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
-    )
-
-    def rational(x: Any) -> Any:
-        y = x * half
-        y = edge if y > edge else y  # comparisons with NaN are false: NaN stays
-        y = -edge if y < -edge else y
-        s = y * y
-        p = (((((p6 * s + p5) * s + p4) * s + p3) * s + p2) * s + p1) * s + p0
-        q = ((q3 * s + q2) * s + q1) * s + q0
-        return half * (y * p / q) + half
-
-    return rational
-
-
-@_compiled
+@compiled_fast
 def _gate(gate: Array, u: Array, bias: Array, weight_c: Array, before: Array, peephole: bool) -> None:
     if peephole:
         for j in range(len(gate)):
-            gate[j] = _sigmoid(u[j] + bias[j] + weight_c[j] * before[j])
+            gate[j] = sigmoid(u[j] + bias[j] + weight_c[j] * before[j])
     else:
         for j in range(len(gate)):
-            gate[j] = _sigmoid(u[j] + bias[j])
+            gate[j] = sigmoid(u[j] + bias[j])
 
 
-@_compiled
+@compiled_fast
 def _activate(g: Array, c: Array, kind: int) -> None:
     if kind == 1:
         for j in range(len(g)):
-            half = _sigmoid(c[j] + c[j]) - g.dtype.type(0.5)
+            half = sigmoid(c[j] + c[j]) - g.dtype.type(0.5)
             g[j] = half + half
     else:
         for j in range(len(g)):
             g[j] = g.dtype.type(0) if c[j] < 0 else c[j]  # NaN stays
 
 
-@_compiled
+@compiled_fast
 def forward(
     u: Array,
     skip: Array,
@@ -165,7 +111,7 @@ def forward(
         last[n, lo:hi] = carry
 
 
-@_compiled
+@compiled_fast
 def _slope(slope: Array, g: Array, kind: int) -> None:
     one = g.dtype.type(1)
     if kind == 1:
@@ -176,7 +122,7 @@ def _slope(slope: Array, g: Array, kind: int) -> None:
             slope[j] = g.dtype.type(0) if g[j] == 0 else one
 
 
-@_compiled
+@compiled_fast
 def backward(
     u: Array,
     skip: Array,
