@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["seqbatch/rnn/triton_kernels.py"]
+NEED_TRITON = [f"seqbatch/rnn/{name}.py" for name in ("triton_kernels", "norm_triton", "norm_cuda")]
+collect_ignore = [] if find_spec("triton") else NEED_TRITON

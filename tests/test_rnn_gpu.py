@@ -7,7 +7,7 @@ import torch
 from scans import gradients, learning, some_scan
 from torch import nn
 
-from seqbatch.rnn import LSTM, SRU, reference
+from seqbatch.rnn import BNLSTM, LSTM, SRU, SequenceBatchNorm, reference
 from seqbatch.rnn.checks import Scan
 from seqbatch.rnn.ops import sru_scan
 
@@ -194,3 +194,37 @@ def test_autocast() -> None:
     assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     output.float().sum().backward()
     torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"statistics": "age", "bidirectional": True}, {"variant": "bn1"}], ids=str)
+@pytest.mark.parametrize("hidden", [5, 70])
+def test_bnlstm_equals_the_cpu(settings: dict[str, Any], hidden: int) -> None:
+    """In float64, with resets and holes: outputs, states, gradients and running statistics; more rows than a tile."""
+    torch.manual_seed(0)
+    here = BNLSTM(6, hidden, max_steps=12, dtype=torch.float64, **settings)
+    there = BNLSTM(6, hidden, max_steps=12, dtype=torch.float64, **settings)
+    there.load_state_dict(here.state_dict())
+    there.cuda()
+    x, reset, mask = torch.randn(15, 80, 6, dtype=torch.float64), torch.rand(15, 80) < 0.1, torch.rand(15, 80) < 0.9
+    results = []
+    for rnn, device in ((here, "cpu"), (there, "cuda")):
+        leaf = x.to(device).requires_grad_()
+        output, (h, c, *_) = rnn(leaf, reset=reset.to(device), mask=mask.to(device))
+        weigh = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=device).view_as(output)
+        grads = torch.autograd.grad((output * weigh).sum() + h.sum() + c.sum(), [leaf, *rnn.parameters()])
+        results.append([t.cpu() for t in (output, h, c, *grads, *rnn.buffers())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("statistics", ["frame", "sequence", "age"])
+def test_sequence_batch_norm_equals_the_cpu(statistics: Any) -> None:
+    x, mask = torch.randn(30, 50, 33, dtype=torch.float64), torch.rand(30, 50) < 0.7
+    results = []
+    for device in ("cpu", "cuda"):
+        norm = SequenceBatchNorm(33, 20, statistics, dtype=torch.float64, device=device)
+        leaf = x.to(device).requires_grad_()
+        y = norm(leaf, mask=mask.to(device))
+        weigh = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view_as(y)
+        grads = torch.autograd.grad((y * weigh).sum(), [leaf, *norm.parameters()])
+        results.append([t.cpu() for t in (y, *grads, *norm.buffers())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqbatch.rnn import cuda, triton_kernels
+from seqbatch.rnn import cuda, norm_cuda, norm_triton, triton_kernels
 
 TARGETS = (80, 90)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -72,6 +72,23 @@ def compile_variant(name: str, variant: dict[str, Any], target: int, summary: bo
     )
 
 
+def compile_step(name: str, of_h: bool, of_c: bool, target: int) -> dict[str, Any]:
+    """The BN-LSTM step, forward or backward, for one target: a row with what ptxas says of it."""
+    kernel = getattr(norm_triton, f"step_{name}")
+    constants = {"OF_H": of_h, "OF_C": of_c, "ROWS": norm_cuda.ROWS, "BLOCK": norm_cuda.BLOCK}
+    types = dict.fromkeys(("lo", "hi", "g", "entering", "width"), "i32") | dict.fromkeys(
+        ("previous", "sources"), "*i64"
+    )
+    types["eps"] = "fp32"
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
+    used = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*") or n == "width"]
+    source = ASTSource(kernel, signature, used, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4})
+    about = {"kernel": f"bn_lstm {name}", "target": f"sm_{target}", "dtype": "fp32", "of_h": of_h, "of_c": of_c}
+    return about | assembled(compiled.asm["ptx"], target)
+
+
 def assembled(ptx: str, target: int) -> dict[str, int]:
     """Registers, shared memory and spills of a kernel, from ``ptxas -v``."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -122,6 +139,9 @@ def main(output: str | None, quick: bool) -> None:
                     row = compile_variant(name, variant, target, summary)
                     rows.append(row | {"bytes_per_element": 0 if summary else bytes_per_element(name, variant)})
                     print(rows[-1], flush=True)
+        for name, of_h, of_c in product(("forward", "backward"), (False, True), (False, True)):
+            rows.append(compile_step(name, of_h, of_c, target))
+            print(rows[-1], flush=True)
     frame = pd.DataFrame(rows)
     print(frame.groupby(["target", "kernel", "dtype", "walk"])["registers"].max().to_string())
     if output:

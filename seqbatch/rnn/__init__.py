@@ -1,7 +1,21 @@
 """Recurrent layers that know resets, padding, flat input and carried state, on CPU and CUDA."""
 
+from seqbatch.rnn.bnlstm import BNLSTM
 from seqbatch.rnn.checkpoints import from_sru_state_dict, to_sru_state_dict
 from seqbatch.rnn.lstm import LSTM, SlowPathWarning
+from seqbatch.rnn.norm import MaskedBatchNorm1d, SequenceBatchNorm
+from seqbatch.rnn.population import estimate_population
 from seqbatch.rnn.sru import SRU, SRULayer
 
-__all__ = ["LSTM", "SRU", "SRULayer", "SlowPathWarning", "from_sru_state_dict", "to_sru_state_dict"]
+__all__ = [
+    "BNLSTM",
+    "LSTM",
+    "SRU",
+    "MaskedBatchNorm1d",
+    "SRULayer",
+    "SequenceBatchNorm",
+    "SlowPathWarning",
+    "estimate_population",
+    "from_sru_state_dict",
+    "to_sru_state_dict",
+]

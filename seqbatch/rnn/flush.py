@@ -88,8 +88,10 @@ def holes(layout: Layout, given: Tensor, reverse: bool) -> bool:
     return bool((real & after_other & (since_flush > 0)).any())
 
 
-def move(rows: Tensor, take: Tensor, keep: Tensor, back: Tensor, stay: Tensor) -> Tensor:
+def move(rows: Tensor, take: Tensor, keep: Tensor | None, back: Tensor, stay: Tensor | None) -> Tensor:
     """Rows to other places: ``out[p] = rows[take[p]] if keep[p] else 0``, with an inverse for its derivative.
+
+    None keeps all.
 
     Every kept row goes to one place, so that the derivative is a move too: ``back`` and ``stay`` are its
     ``take`` and ``keep``. (torch's own derivative adds up rows, which is several times slower on CPU.)
@@ -104,9 +106,10 @@ def move(rows: Tensor, take: Tensor, keep: Tensor, back: Tensor, stay: Tensor) -
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, take: Tensor, keep: Tensor, back: Tensor, stay: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, take: Tensor, keep: Tensor | None, back: Tensor, stay: Tensor | None) -> Tensor:
         ctx.save_for_backward(take, keep, back, stay)
-        return rows.index_select(0, take).masked_fill_(~keep[:, None], 0)
+        moved = rows.index_select(0, take)
+        return moved if keep is None else moved.masked_fill_(~keep[:, None], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

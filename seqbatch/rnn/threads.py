@@ -13,7 +13,7 @@ import torch
 __all__ = ["GROUPS", "run_blocks"]
 
 GROUPS = 16  # lanes are summed in this many groups at most, whatever the number of threads
-_COLUMNS = 512  # of one block: a carried row then stays in the first-level cache
+COLUMNS = 512  # of one block: a carried row then stays in the first-level cache
 _SMALL = 1 << 15  # elements below which a second thread costs more than it saves
 
 Span = tuple[int, int]
@@ -21,7 +21,7 @@ Block = Callable[[Span, Span, int, bool], None]
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process, threads, pool
 
 
-def run_blocks(block: Block, lanes: int, width: int, directions: int, elements: int) -> None:
+def run_blocks(block: Block, lanes: int, width: int, directions: int, elements: int, most: int = COLUMNS) -> None:
     """Call ``block(lanes, columns, group, reverse)`` for all lanes and columns.
 
     Args:
@@ -30,6 +30,7 @@ def run_blocks(block: Block, lanes: int, width: int, directions: int, elements: 
         width: Columns of one direction; the reverse direction has the columns from ``width`` on.
         directions: 1 or 2.
         elements: How much work there is in all, in elements.
+        most: Columns of one block.
 
     >>> run_blocks(lambda *block: print(*block), 2, 600, 1, 0)
     (0, 1) (0, 512) 0 False
@@ -39,10 +40,10 @@ def run_blocks(block: Block, lanes: int, width: int, directions: int, elements: 
     """
     each = max(-(-lanes // GROUPS), 1)
     blocks = [
-        ((n, min(n + each, lanes)), (start + j, start + min(j + _COLUMNS, width)), n // each, start > 0)
+        ((n, min(n + each, lanes)), (start + j, start + min(j + most, width)), n // each, start > 0)
         for n in range(0, lanes, each)
         for start in range(0, directions * width, max(width, 1))
-        for j in range(0, width, _COLUMNS)
+        for j in range(0, width, most)
     ]
     threads = min(torch.get_num_threads(), len(blocks))
     if threads <= 1 or elements < _SMALL:
