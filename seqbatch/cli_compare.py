@@ -35,7 +35,7 @@ _SHOWN = ["strategy", "batch_size", "padding_efficiency", "batches", "predicted"
 @click.command()
 @source
 @output
-@click.option("--cell", type=click.Choice(["sru", "lstm", "nn.LSTM"]), default="sru", show_default=True)
+@click.option("--cell", type=click.Choice(["sru", "lstm", "bnlstm", "nn.LSTM"]), default="sru", show_default=True)
 @click.option("--hidden", type=click.IntRange(1), default=256, show_default=True, help="Units of a layer.")
 @click.option("--layers", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N")

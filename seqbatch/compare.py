@@ -140,7 +140,7 @@ def compare(
 
     Args:
         lengths: (N,) tokens of each sequence.
-        cell: ``"sru"``, ``"lstm"`` or ``"nn.LSTM"`` (torch's, without resets and mask).
+        cell: ``"sru"``, ``"lstm"``, ``"bnlstm"`` or ``"nn.LSTM"`` (torch's, without resets and mask).
         hidden: Units of a layer, and input features.
         layers: Layers.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.

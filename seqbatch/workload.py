@@ -17,8 +17,9 @@ from seqbatch.strategy import check_choice, check_integer
 
 __all__ = ["CELLS", "VOCABULARY", "Workload"]
 
-CELLS = ("sru", "lstm", "nn.LSTM")
+CELLS = ("sru", "lstm", "bnlstm", "nn.LSTM")
 VOCABULARY = 256
+_STATISTICS = 256  # running statistics of a BN-LSTM: their number changes no cost
 _DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -30,8 +31,8 @@ class Workload:
     and are left out.
 
     Args:
-        cell: ``"sru"`` and ``"lstm"`` are seqbatch's layers with resets and mask, ``"nn.LSTM"`` is torch's,
-            without: it computes the padding too, and its final states and reverse direction would contain it.
+        cell: ``"sru"``, ``"lstm"`` and ``"bnlstm"`` are seqbatch's layers with resets and mask, ``"nn.LSTM"`` is
+            torch's, without: it computes the padding too, and its final states and reverse direction would contain it.
         hidden: Units of a layer.
         layers: Layers.
         device: Where it runs.
@@ -53,10 +54,16 @@ class Workload:
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def _make(self, device: torch.device) -> nn.Module:
-        from seqbatch.rnn import LSTM, SRU
+        from seqbatch.rnn import BNLSTM, LSTM, SRU, SequenceBatchNorm
 
-        kind: Any = {"sru": SRU, "lstm": LSTM, "nn.LSTM": nn.LSTM}[self.cell]
-        made: nn.Module = kind(self.hidden, self.hidden, num_layers=self.layers, device=device, dtype=self.dtype)
+        kind: Any = {"sru": SRU, "lstm": LSTM, "bnlstm": BNLSTM, "nn.LSTM": nn.LSTM}[self.cell]
+        more: dict[str, Any] = {"max_steps": _STATISTICS} if self.cell == "bnlstm" else {}
+        made: nn.Module = kind(
+            self.hidden, self.hidden, num_layers=self.layers, device=device, dtype=self.dtype, **more
+        )
+        for norm in made.modules():
+            if isinstance(norm, SequenceBatchNorm):  # steps of fewer lanes than statistics need take running ones
+                norm.num_batches_tracked.fill_(1)
         return made
 
     @cached_property
@@ -92,11 +99,14 @@ class Workload:
         """Return the steps, the cells and the calls of kernels that each batch costs.
 
         An LSTM inserts a step for each reset in a lane, and on CPU leaves out lanes that have ended, in several calls.
+        A BN-LSTM computes no padding.
         """
         calls = np.ones_like(plan.steps)
-        if self.cell != "lstm" or not len(plan):
+        if self.cell not in ("lstm", "bnlstm") or not len(plan):
             return plan.steps, plan.steps * plan.lanes, calls
         batch = np.repeat(np.arange(len(plan)), np.diff(plan.batch_ptr))
+        if self.cell == "bnlstm":
+            return plan.steps, np.bincount(batch, plan.length, minlength=len(plan)).astype(np.int64), calls
         first = np.cumsum(plan.lanes) - plan.lanes
         lane = first[batch] + plan.lane
         resets = np.bincount(lane[plan.step > 0], minlength=int(plan.lanes.sum()))
