@@ -32,6 +32,7 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.planning.run
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
+	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.bnlstm --device cpu
 	PYTHONPATH=. $(BIN)/python -m experiments.loader_speed.run
 	PYTHONPATH=. $(BIN)/python -m experiments.prediction.run
 	PYTHONPATH=. $(BIN)/python -m experiments.lm_strategies.speed
@@ -42,6 +43,7 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py tests/test_loader_gpu.py tests/test_compare_gpu.py
 	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.run --device cuda
+	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.bnlstm --device cuda
 	PYTHONPATH=. $(PYTHON) -m experiments.prediction.run --device cuda --dtype bfloat16 --seconds 12
 	PYTHONPATH=. $(PYTHON) -m experiments.lm_strategies.speed --device cuda --dtype bfloat16 --turns 3
 
