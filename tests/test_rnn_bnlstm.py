@@ -333,6 +333,43 @@ def test_ages_beyond_max_steps_go_step_by_step() -> None:
     assert torch.equal(after[4:], age[4:] + mask[:, 4:].sum(0))
 
 
+@pytest.mark.parametrize("settings", [{}, {"variant": "bn1"}, {"statistics": "age", "bidirectional": True}], ids=str)
+def test_batches_without_a_real_step(settings: dict[str, Any]) -> None:
+    """Zeros, states as they came or learned after a reset, gradients of 0; no lanes at all likewise."""
+    rnn, x = make(**settings), torch.full((3, 2, 3), float("nan"), dtype=F64, requires_grad=True)
+    mask, reset = torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.bool)
+    reset[1, 1] = True
+    hx = tuple(torch.randn(1 + rnn.bidirectional, 2, 4, dtype=F64) for _ in range(2))
+    output, (h, c, *_) = rnn(x, hx, reset=reset, mask=mask)
+    assert not output.any()
+    (p, *_) = rnn.layers[0]
+    torch.testing.assert_close((h[0, 0], c[0, 0], h[0, 1]), (hx[0][0, 0], hx[1][0, 0], p.h0), rtol=0, atol=0)
+    output.sum().backward()
+    assert rnn(torch.zeros(3, 0, 3, dtype=F64))[0].shape == (3, 0, 4 * (1 + rnn.bidirectional))
+    flat, (h, *_) = rnn(torch.zeros(0, 3, dtype=F64), cu_seqlens=torch.tensor([0]))
+    assert flat.shape == (0, 4 * (1 + rnn.bidirectional)) and h.shape[1] == 0
+
+
+def test_input_ages_are_carried_too() -> None:
+    rnn = make(variant="bn2", input_statistics="age")
+    x = torch.randn(10, 8, 3, dtype=F64)
+    whole = rnn(x)[0]
+    rnn.eval()
+    whole, (first, state) = rnn(x)[0], rnn(x[:4])
+    assert state[2].tolist() == [4] * 8
+    torch.testing.assert_close(torch.cat([first, rnn(x[4:], state)[0]]), whole, **EXACT)
+
+
+def test_terms_that_disagree_are_refused() -> None:
+    rnn, x = make(), torch.randn(5, 6, 3, dtype=F64)
+    rnn(x)
+    before = [b.clone() for b in rnn.buffers()]
+    rnn.layers[0][0].norm_h.eval()
+    with pytest.raises(RuntimeError, match="the same mode"):
+        rnn(x)
+    assert all(map(torch.equal, before, rnn.buffers()))
+
+
 def test_wrap_fills_statistics_with_the_lanes_own_data() -> None:
     """As if shorter lanes went on with their data from the start and a held state, in the statistics only."""
     x, lengths = torch.randn(5, 4, 3, dtype=F64), torch.tensor([5, 2, 3, 5])
@@ -405,6 +442,9 @@ def test_float32_and_half() -> None:
     """float32 is near float64; half precision comes and goes, state and statistics in float32."""
     x = torch.randn(20, 16, 3, dtype=F64)
     exact = make(3)(x)[0]
+    assert (
+        BNLSTM(3, 4, max_steps=5, init="identity", dtype=torch.bfloat16).layers[0][0].weight_hh[8:12].diagonal().all()
+    )
     for dtype, near in ((torch.float32, 2e-4), (torch.bfloat16, 0.15)):
         rnn = make(3).to(dtype)
         found, (h_half, _) = rnn(x.to(dtype))
@@ -442,6 +482,7 @@ def test_initialisation() -> None:
         ({"variant": "bn3"}, "variant must be one of 'bn', 'bn1', 'bn2', 'none', got 'bn3'"),
         ({"statistics": "sequence"}, "would need the future"),
         ({"max_steps": None}, "max_steps must be given"),
+        ({"max_steps": 0}, "max_steps must be an integer of 1 or more, got 0"),
         ({"fill": "wrap", "statistics": "age"}, "fill='wrap' continues lanes"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
         ({"noise": -1.0}, "noise must not be negative"),

@@ -232,6 +232,46 @@ def test_a_pass_that_fails_leaves_the_old_statistics() -> None:
         estimate_population(nn.Linear(2, 2), [])
 
 
+def test_a_pass_uses_the_old_statistics_until_it_ends() -> None:
+    """The order of batches does not matter, also where one has too few rows."""
+    few, many = torch.randn(3, 2, 3, dtype=F64), torch.randn(3, 8, 3, dtype=F64)
+    found = []
+    for batches in ([few, many], [many, few]):
+        norm = make("frame")
+        norm(many + 1)
+        estimate_population(norm, batches)
+        found.append([b.clone() for b in norm.buffers()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    torch.testing.assert_close(found[0][0][:3], many.mean(1), **EXACT)
+
+    def nested(norm: Any, batch: Tensor) -> None:
+        estimate_population(norm, [batch])
+
+    with pytest.raises(RuntimeError, match="being estimated already"):
+        estimate_population(norm, [many], nested)
+
+
+def test_gradients_of_equal_rows() -> None:
+    """None with their own statistics; with others', the derivative of the formula."""
+    x = torch.full((6, 2), 3.0, dtype=F64, requires_grad=True)
+    zero, one = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64, requires_grad=True)
+    given = torch.zeros(2, 2, dtype=F64)
+    group, source = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, -1])
+    y, *_ = batch_norm_groups(x, group, source, given, given, one, zero)
+    expected, *_ = norm_reference.normalize(x, group, source, given, given, one, zero)
+    for result in (y, expected):
+        grad, slope = torch.autograd.grad(result.sum(), [x, one])
+        assert not grad[:4].any()
+        torch.testing.assert_close(grad[4:], torch.full((2, 2), 1e-5**-0.5, dtype=F64), **EXACT)
+        torch.testing.assert_close(slope, torch.full((2,), 6 * 1e-5**-0.5, dtype=F64), **EXACT)
+
+
+def test_running_statistics_stay_wide() -> None:
+    norm = SequenceBatchNorm(2).half()
+    norm(torch.randn(70_000, 1, 2).half())
+    assert norm.running_mean.dtype == torch.float32 and norm.running_var.isfinite().all()
+
+
 def test_zero_variance_has_finite_gradients() -> None:
     x = torch.zeros(4, 8, 3, requires_grad=True)
     norm = SequenceBatchNorm(3, 4, "frame")
@@ -246,13 +286,18 @@ def test_only_padding() -> None:
     assert torch.equal(y, torch.zeros_like(y)) and not norm.num_batches_tracked.any()
     y.sum().backward()
     assert not x.grad.any()  # type: ignore[union-attr]
+    assert make("sequence")(torch.zeros(3, 0, 3, dtype=F64)).shape == (3, 0, 3)
+    masked = MaskedBatchNorm1d(3)
+    masked(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.bool)).sum().backward()  # every parameter has a gradient
+    assert masked.weight.grad is not None
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"statistics": "time"}, "statistics must be one of frame, sequence, age, got 'time'"),
-        ({"max_steps": 0}, "max_steps must be an integer of 1 or more"),
+        ({"statistics": "frame", "max_steps": 0}, "max_steps must be an integer of 1 or more"),
+        ({"statistics": "frame"}, "'frame' statistics need max_steps"),
         ({"min_rows": 1}, "min_rows must be an integer of 2 or more"),
         ({"momentum": 0}, "momentum must lie above 0"),
         ({"eps": 0.0}, "eps must be positive"),
@@ -274,10 +319,15 @@ def test_calls_that_cannot_be() -> None:
         norm(x[..., :2])
     with pytest.raises(ValueError, match="mask must be bool"):
         norm(x, mask=torch.ones(3, 5))
+    with pytest.raises(ValueError, match="age is of no use to 'frame' statistics"):
+        norm(x, age=torch.zeros(5, dtype=torch.int64))
+    norm = make("age")
     with pytest.raises(RuntimeError, match=r"age must have shape \(5,\)"):
         norm(x, age=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="age must not be negative, got -1"):
         norm(x, age=torch.tensor([0, 0, 0, 0, -1]))
+    with pytest.raises(ValueError, match=r"groups must lie in -1\.\.0, got 3"):
+        norm.normalize(x[0], torch.tensor([0, 0, 0, 0, 3]), 1)
 
 
 def op_inputs(dtype: torch.dtype = F64) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from seqbatch.rnn.bnlstm_direction import TERMS, Direction, Variant
+from seqbatch.rnn.bnlstm_direction import TERMS, Direction, Options, Variant
 from seqbatch.rnn.calls import Call
 from seqbatch.rnn.norm import check_age
 from seqbatch.rnn.reference import carry_dtype
@@ -31,7 +31,8 @@ class BNLSTM(nn.Module):
     1510.01378) BN(W_h h + W_x x) and W_h h + BN(W_x x), neither of which normalizes c; ``"none"`` is LSTM. Arguments,
     shapes and returns are those of ``torch.nn.LSTM``. Padding is in no group and costs no computation: adding padded
     steps or lanes changes no output, gradient or statistic. A training batch's rows depend on each other, as always
-    with batch statistics, spliced pieces included; in evaluation they do not.
+    with batch statistics, spliced pieces included; in evaluation they do not. Statistics are each process's own.
+    Differentiable once.
 
     Args:
         input_size: Features of the input.
@@ -111,33 +112,25 @@ class BNLSTM(nn.Module):
         if dropout and num_layers == 1:
             warnings.warn(f"dropout={dropout} acts between layers, and there is one: it has no effect", stacklevel=2)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
+        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bool(bidirectional)
         self.variant, self.statistics, self.input_statistics = variant, statistics, inputs
-        options: dict[str, float | str | bool] = {
-            "fill": fill or "",
-            "learn_state": learn_state,
-            "noise": noise,
-            "weight_noise": weight_noise,
-            "init": init,
-            "forget_bias": forget_bias,
-            "eps": eps,
-        }
-        settings = {"gamma": gamma, "eps": eps, "momentum": momentum, "min_rows": min_rows}
+        options = Options(fill, learn_state, noise, weight_noise, init, forget_bias)
+        norms = {"gamma": gamma, "eps": eps, "momentum": momentum, "min_rows": min_rows}
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 Direction(
-                    hidden_size * (1 + bidirectional) if layer else input_size,
+                    hidden_size * (1 + self.bidirectional) if layer else input_size,
                     hidden_size,
                     bias,
                     variant,
                     (statistics, inputs),
-                    max_steps or 1,
-                    settings,  # type: ignore[arg-type]
+                    1 if max_steps is None else max_steps,
+                    norms,
                     options,
                     device,
                     dtype,
                 )
-                for _ in range(1 + bidirectional)
+                for _ in range(1 + self.bidirectional)
             )
             for layer in range(num_layers)
         )
@@ -166,7 +159,8 @@ class BNLSTM(nn.Module):
             input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size), flat (S, input_size) with
                 cu_seqlens, or a PackedSequence.
             hx: (h, c), each (num_layers * directions, B or N, hidden_size), float32; with ``"age"`` statistics (h, c,
-                age), age (B,) int64 the steps that each lane's piece has had. None: the learned state.
+                age), age (B,) int64 the steps that each lane's piece has had. None: the learned state. ``"frame"``
+                counts from 0 in every call: a sequence that is cut over several needs ``"age"``.
             reset: (T, B) bool, true at the first step of every piece.
             mask: (T, B) bool, true on real steps.
             cu_seqlens: (N + 1,) offsets of a flat input's sequences.
@@ -191,7 +185,7 @@ class BNLSTM(nn.Module):
         )
         state, age = self._state(call, hx)
         rows = [Rows.of(call, None if reverse else age, bool(reverse)) for reverse in range(1 + self.bidirectional)]
-        x = call.rows.reshape(-1, self.input_size)
+        x = call.rows.reshape(rows[0].total, self.input_size)
         after: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(self._layers()):
             x = dropout(x, self.dropout, self.training) if i else x
@@ -203,16 +197,20 @@ class BNLSTM(nn.Module):
                 after.append(last)
             x = torch.cat(outputs, -1)
         h, c = (call.close_state(torch.stack(part)) for part in zip(*after, strict=True))
-        output = call.close(x.view(*call.rows.shape[:-1], -1))
-        if self.statistics != "age":
+        output = call.close(x.view(*call.rows.shape[:-1], x.shape[-1]))
+        if not self._ages:
             return output, (h, c)
         return output, (h, c, _ages_after(rows[0], age))
+
+    @property
+    def _ages(self) -> bool:
+        return "age" in (self.statistics, self.input_statistics)
 
     def _state(self, call: Call, hx: State | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
         if hx is None:
             return None, None
-        wanted = "(h, c, age)" if self.statistics == "age" else "(h, c)"
-        if not isinstance(hx, tuple | list) or len(hx) not in ((2, 3) if self.statistics == "age" else (2,)):
+        wanted = "(h, c, age)" if self._ages else "(h, c)"
+        if not isinstance(hx, tuple | list) or len(hx) not in ((2, 3) if self._ages else (2,)):
             given = f"{len(hx)} parts" if isinstance(hx, tuple | list) else type(hx).__name__
             raise TypeError(f"hx must be {wanted}, got {given}")
         shape = (self.num_layers * (1 + self.bidirectional), call.lanes, self.hidden_size)
@@ -221,7 +219,7 @@ class BNLSTM(nn.Module):
         return (h, c), check_age(hx[2], call) if len(hx) == 3 else None
 
     def extra_repr(self) -> str:
-        """The sizes and what differs from the defaults, as ``torch.nn`` modules show them."""
+        """The sizes, and what is normalized how."""
         kinds = f"statistics={self.statistics!r}, input_statistics={self.input_statistics!r}"
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, variant={self.variant!r}, {kinds}"
 
@@ -261,5 +259,5 @@ def _check_numbers(dropout: float, noise: float, weight_noise: float) -> None:
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie in 0..1, got {dropout!r}")
     for name, value in (("noise", noise), ("weight_noise", weight_noise)):
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")

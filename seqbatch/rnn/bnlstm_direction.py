@@ -1,6 +1,7 @@
 """One direction of a BN-LSTM layer: its parameters and statistics, and its walk over the rows of a batch."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,23 @@ from seqbatch.rnn.norm_ops import bn_lstm
 from seqbatch.rnn.reference import carry_dtype
 from seqbatch.rnn.walks import Rows, Statistics, Walk, group_of
 
-__all__ = ["TERMS", "Direction", "Variant"]
+__all__ = ["TERMS", "Direction", "Options", "Variant"]
 
 Variant = Literal["bn", "bn1", "bn2", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of ``BNLSTM`` that its directions read, under their names there."""
+
+    fill: Literal["wrap"] | None
+    learn_state: bool
+    noise: float
+    weight_noise: float
+    init: Literal["orthogonal", "identity"]
+    forget_bias: float
+
+
 TERMS = {"bn": "xhc", "bn1": "h", "bn2": "x", "none": ""}  # what is normalized
 
 
@@ -29,8 +44,8 @@ class Direction(nn.Module):
         variant: Variant,
         statistics: tuple[Statistics, Statistics],
         max_steps: int,
-        settings: dict[str, float],
-        options: dict[str, float | str | bool],
+        norms: dict[str, Any],
+        options: Options,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -43,13 +58,13 @@ class Direction(nn.Module):
 
         self.weight_ih, self.weight_hh = new(4 * hidden_size, input_size), new(4 * hidden_size, hidden_size)
         self.bias = new(4 * hidden_size) if bias else None
-        self.h0 = new(hidden_size) if options["learn_state"] else None
-        self.c0 = new(hidden_size) if options["learn_state"] else None
+        self.h0 = new(hidden_size) if options.learn_state else None
+        self.c0 = new(hidden_size) if options.learn_state else None
 
         def norm(term: str, width: int, kind: Statistics) -> SequenceBatchNorm | None:
             if term not in TERMS[variant]:
                 return None
-            return SequenceBatchNorm(width, max_steps, kind, bias=term == "c", device=device, dtype=dtype, **settings)  # type: ignore[arg-type]
+            return SequenceBatchNorm(width, max_steps, kind, bias=term == "c", device=device, dtype=dtype, **norms)
 
         self.norm_x = norm("x", 4 * hidden_size, self.input_statistics)
         self.norm_h = norm("h", 4 * hidden_size, self.statistics)
@@ -60,19 +75,21 @@ class Direction(nn.Module):
     def reset_parameters(self) -> None:
         """Orthogonal matrices, or with "identity" the candidate's recurrent block the identity; forget bias."""
         width = self.weight_hh.shape[1]
-        for weight in (self.weight_ih, self.weight_hh):
-            nn.init.orthogonal_(weight)
-        if self.options["init"] == "identity":
-            i_f, g, o = self.weight_hh[: 2 * width], self.weight_hh[2 * width : 3 * width], self.weight_hh[3 * width :]
-            three = nn.init.orthogonal_(self.weight_hh.new_empty(3 * width, width))
-            i_f.copy_(three[: 2 * width])
-            o.copy_(three[2 * width :])
-            nn.init.eye_(g)
+
+        def orthogonal(like: Tensor) -> Tensor:
+            return nn.init.orthogonal_(torch.empty_like(like, dtype=carry_dtype(like.dtype)))
+
+        self.weight_ih.copy_(orthogonal(self.weight_ih))
+        if self.options.init == "identity":
+            three, candidate = orthogonal(self.weight_hh[width:]), torch.eye(width, device=self.weight_hh.device)
+            self.weight_hh.copy_(torch.cat([three[: 2 * width], candidate.to(three.dtype), three[2 * width :]]))
+        else:
+            self.weight_hh.copy_(orthogonal(self.weight_hh))
         for parameter in (self.bias, self.h0, self.c0):
             if parameter is not None:
                 nn.init.zeros_(parameter)
         if self.bias is not None:
-            self.bias[width : 2 * width] = float(self.options["forget_bias"])
+            self.bias[width : 2 * width] = self.options.forget_bias
         for norm in (self.norm_x, self.norm_h, self.norm_c):
             if norm is not None:
                 norm.reset_parameters()
@@ -81,25 +98,26 @@ class Direction(nn.Module):
         self, x: Tensor, rows: Rows, entering: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Walk rows of the flattened batch x: the output, of as many rows as x, and the last h and c (B, H)."""
-        fill = self.options["fill"] == "wrap"
-        walk = Walk.of(rows, self.statistics, self.max_steps, fill)
-        inside, outside = self._inputs(x, rows, walk)
-        states = self._entering(walk, entering, outside)
-        group = torch.arange(len(walk.runs))
-        counts, source = walk.offsets.diff(), group
-        moments = []
+        if not len(rows.at):
+            return self._nothing(x, rows, entering)
+        walk = Walk.of(rows, self.statistics, self.max_steps, self.options.fill == "wrap" and self._uses_batch)
+        counts, source, moments = walk.offsets.diff(), torch.arange(len(walk.runs)), []
         for norm in (self.norm_h, self.norm_c):
             if norm is None:
-                moments += [outside.new_empty(len(group), 0)] * 2
+                moments += [self.weight_hh.new_empty(len(source), 0)] * 2
             else:
-                source, *given = norm.sources(counts, walk.slots)
+                found, *given = norm.sources(counts, walk.slots)
+                if norm is self.norm_c and not torch.equal(found, source):
+                    raise RuntimeError("norm_h and norm_c of a direction need the same mode and the same min_rows")
+                source = found
                 moments += given
+        inside, outside = self._inputs(x, rows, walk)
+        states = self._entering(walk, entering, outside)
         gammas = (
             None if self.norm_h is None else self.norm_h.weight,
             None if self.norm_c is None else self.norm_c.weight,
             None if self.norm_c is None else self.norm_c.bias,
         )
-        eps = float(self.options["eps"])
         h, c, used = bn_lstm(
             outside,
             inside,
@@ -108,7 +126,7 @@ class Direction(nn.Module):
             states,
             (walk.previous, walk.offsets, walk.runs, source),
             tuple(moments),  # type: ignore[arg-type]
-            eps,
+            1e-5 if self.norm_h is None else self.norm_h.eps,
         )
         for norm, mean, var in ((self.norm_h, *used[:2]), (self.norm_c, *used[2:])):
             if norm is not None:
@@ -121,6 +139,21 @@ class Direction(nn.Module):
             for k, (table, learned) in enumerate(((h, self.h0), (c, self.c0)))
         ]
         return move(h, take, rows.real, back, stay), (last[0], last[1])
+
+    def _nothing(
+        self, x: Tensor, rows: Rows, entering: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A batch of padding: zeros, with a gradient of 0, and the states as they came."""
+        width, carry = self.weight_hh.shape[1], carry_dtype(x.dtype)
+        last = []
+        for k, learned in enumerate((self.h0, self.c0)):
+            start = x.new_zeros(width, dtype=carry) if learned is None else learned.to(carry)
+            start = start.expand(len(rows.lengths), width)
+            came = start if entering is None else entering[k].to(carry)
+            last.append(torch.where(rows.cleared[:, None], start, came))
+        nothing = torch.where(torch.ones_like(x, dtype=torch.bool), 0.0, x).sum()
+        nothing = nothing + sum(0 * parameter.sum() for parameter in self.parameters())  # which DDP asks for
+        return x.new_zeros(rows.total, width) + nothing, (last[0], last[1])
 
     def _inputs(self, x: Tensor, rows: Rows, walk: Walk) -> tuple[Tensor | None, Tensor]:
         """What stands inside and outside the normalization of W_h h, one row for each walked row."""
@@ -149,7 +182,7 @@ class Direction(nn.Module):
 
         count = walk.entering if given is None else walk.entering - len(walk.lanes)
         h, c = fresh(self.h0, count), fresh(self.c0, count)
-        noise = float(self.options["noise"])
+        noise = self.options.noise
         if noise and self._uses_batch:
             h = h + noise * torch.randn_like(h)
         if given is not None:
@@ -171,5 +204,5 @@ class Direction(nn.Module):
         return self.training if norm is None else norm.uses_batch
 
     def _noisy(self, weight: Tensor) -> Tensor:
-        noise = float(self.options["weight_noise"])
+        noise = self.options.weight_noise
         return weight + noise * torch.randn_like(weight) if noise and self.training else weight

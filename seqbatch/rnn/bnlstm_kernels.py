@@ -146,7 +146,9 @@ def _through_statistics(
     at: int,
     gamma: Array,
     mean: Array,
+    var: Array,
     inv: Array,
+    flat: float,
     where: tuple[int, int, int, int],
     columns: tuple[int, int],
     owed: Array,
@@ -158,7 +160,8 @@ def _through_statistics(
     """Rows of ``grad`` back through a normalization of the rows of x, which begin at row ``at`` of x.
 
     ``owed`` (2, width) are the sums over rows of later groups that borrowed these statistics; a group that
-    borrows adds to it, one with its own takes it. The result is added to ``out``, or written there.
+    borrows adds to it, one with its own takes it. The result is added to ``out``, or written there. ``inv`` is
+    changed: 0 where the variance is no more than ``flat``.
     """
     lo, hi, g, source = where
     j0, j1 = columns
@@ -183,6 +186,8 @@ def _through_statistics(
         for j in range(width):
             plain[j], along[j] = owed_plain[j] * share, owed_along[j] * share
             owed_plain[j] = owed_along[j] = 0
+        for j in range(width):  # rows that are equal: see the reference
+            inv[j] = inv[j] if var[j] > flat else 0
     else:
         plain[:] = 0
         along[:] = 0
@@ -227,7 +232,7 @@ def step_backward(
     j0, j1 = columns
     width, n = c.shape[1], j1 - j0
     of_h, of_c = len(gamma_h) > 0, len(gamma_c) > 0
-    one, small = a.dtype.type(1), a.dtype.type(eps)
+    one, small, flat = a.dtype.type(1), a.dtype.type(eps), min(eps * eps, 1e-10)
     inv, scale, gates = np.empty((5, n), a.dtype), np.empty((4, n), a.dtype), np.empty((4, n), a.dtype)
     o, squashed, inv_c = gates[0], gates[1], inv[LAST + 1]
     if of_c:
@@ -242,8 +247,6 @@ def step_backward(
                 inv_k[j] = one / np.sqrt(var[j] + small)
             for j in range(n):
                 scale_k[j] = gamma[j] * inv_k[j]
-            for j in range(n):  # rows that are equal: see the reference
-                inv_k[j] = inv_k[j] if var[j] > small * small else 0
     b0, b1 = LAST * width + j0, LAST * width + j1
     for r in range(lo, hi):  # through h = o * tanh(...)
         after, d_h, d_c, d_o = (
@@ -265,12 +268,9 @@ def step_backward(
             for j in range(n):
                 d_c[j] += d_h[j]
     if of_c:
-        var = var_c[g, j0:j1]
-        for j in range(n):
-            inv_c[j] = inv_c[j] if var[j] > small * small else 0
         _through_statistics(
-            grad_h[entering:], c, entering, gamma_c[j0:j1], mean_c[g, j0:j1], inv_c, where, columns,
-            owed[1], sums[1], sums[2], grad_c, True,
+            grad_h[entering:], c, entering, gamma_c[j0:j1], mean_c[g, j0:j1], var_c[g, j0:j1], inv_c, flat, where,
+            columns, owed[1], sums[1], sums[2], grad_c, True,
         )  # fmt: skip
     i, f, new = gates[0], gates[1], gates[NEW]
     for r in range(lo, hi):
@@ -293,6 +293,7 @@ def step_backward(
         for k in range(4):
             some = (k * width + j0, k * width + j1)
             _through_statistics(
-                grad_outside, a, 0, gamma_h[some[0] : some[1]], mean_h[g, some[0] : some[1]], inv[k], where, some,
+                grad_outside, a, 0, gamma_h[some[0] : some[1]], mean_h[g, some[0] : some[1]],
+                var_h[g, some[0] : some[1]], inv[k], flat, where, some,
                 owed[0], sums[0], sums[3], grad_a, False,
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """Batch normalization that padding cannot reach: statistics over real steps, per time step, per age or over all."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,19 @@ from seqbatch.rnn.norm_ops import batch_norm_groups
 from seqbatch.rnn.reference import carry_dtype
 from seqbatch.rnn.walks import Rows, Statistics, group_of
 
-__all__ = ["STATISTICS", "MaskedBatchNorm1d", "SequenceBatchNorm", "check_age"]
+__all__ = ["STATISTICS", "MaskedBatchNorm1d", "Population", "SequenceBatchNorm", "check_age"]
 
 STATISTICS = ("frame", "sequence", "age")
+
+
+@dataclass
+class Population:
+    """What a pass over data has found so far: (max_steps, D) means, rows and batches of each step."""
+
+    mean: Tensor
+    var: Tensor
+    rows: Tensor
+    batches: Tensor
 
 
 class SequenceBatchNorm(nn.Module):
@@ -32,11 +43,12 @@ class SequenceBatchNorm(nn.Module):
     that has as many (gradients included); where there is none, with the running statistics. In evaluation a row takes
     the running statistics of its step; steps from the last one that was ever seen on take that one's. Running
     statistics are means over the batches at first, and exponential once `momentum` is the larger weight.
-    No gradient goes through a feature that is equal in all rows of a group (variance of at most eps ** 2).
+    The running variance is the mean of the batches' variances. No gradient goes through a feature that is equal in all
+    rows of a group (variance of at most 1e-10, or eps ** 2).
 
     Args:
         num_features: D.
-        max_steps: Number of running statistics, the longest sequence in training; of no use to ``"sequence"``.
+        max_steps: Number of running statistics, the longest sequence in training; ``"sequence"`` needs none.
         statistics: ``"frame"``, ``"sequence"`` or ``"age"``.
         bias: Whether there is a beta.
         gamma: Initial gamma; 0.1 keeps the slope of a tanh that follows (arXiv 1603.09025, section 4).
@@ -60,7 +72,7 @@ class SequenceBatchNorm(nn.Module):
     def __init__(
         self,
         num_features: int,
-        max_steps: int = 1,
+        max_steps: int | None = None,
         statistics: Statistics = "sequence",
         *,
         bias: bool = True,
@@ -76,6 +88,10 @@ class SequenceBatchNorm(nn.Module):
         super().__init__()
         if statistics not in STATISTICS:
             raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
+        if statistics == "sequence":
+            max_steps = 1
+        elif max_steps is None:
+            raise ValueError(f"{statistics!r} statistics need max_steps, the longest sequence in training")
         for name, value, least in (
             ("num_features", num_features, 1),
             ("max_steps", max_steps, 1),
@@ -85,10 +101,10 @@ class SequenceBatchNorm(nn.Module):
                 raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}")
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"momentum must lie above 0 and be at most 1, or be None, got {momentum!r}")
-        if eps <= 0:
+        if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps!r}: a step at which all rows are equal has variance 0")
         self.num_features, self.statistics, self.eps, self.momentum = num_features, statistics, eps, momentum
-        self.max_steps = 1 if statistics == "sequence" else max_steps
+        self.max_steps = max_steps
         self.gamma, self.min_rows, self.synchronize, self.batch_first = gamma, min_rows, synchronize, batch_first
         self.weight = nn.Parameter(torch.full((num_features,), float(gamma), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
@@ -99,7 +115,15 @@ class SequenceBatchNorm(nn.Module):
         self.running_mean: Tensor
         self.running_var: Tensor
         self.num_batches_tracked: Tensor
-        self._population: Tensor | None = None  # rows seen by step, while the population's statistics are taken
+        self._population: Population | None = None  # while the population's statistics are taken
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SequenceBatchNorm":
+        """Running statistics follow to another device, not to half precision."""
+        before = self.running_mean, self.running_var
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.running_mean.dtype.itemsize < 4:
+            self.running_mean, self.running_var = (x.to(self.running_mean.device) for x in before)
+        return self
 
     def reset_parameters(self) -> None:
         """Set gamma and beta to their start and forget the running statistics."""
@@ -138,6 +162,8 @@ class SequenceBatchNorm(nn.Module):
             ValueError: Dtypes, dimensions or flags do not fit.
         """
         name, width = "SequenceBatchNorm", self.num_features
+        if age is not None and self.statistics != "age":
+            raise ValueError(f"age is of no use to {self.statistics!r} statistics: leave it out")
         call = Call.of(
             name, input, reset, mask, cu_seqlens, weight=self.weight, input_size=width, batch_first=self.batch_first
         )
@@ -145,7 +171,7 @@ class SequenceBatchNorm(nn.Module):
         index = group_of(self.statistics, rows.frame, rows.age, self.max_steps)
         groups = int(index.max()) + 1 if len(index) else 0
         group = index.new_full((rows.total,), -1).index_copy_(0, rows.at, index)
-        y = self.normalize(call.rows.reshape(-1, width), group, groups)
+        y = self.normalize(call.rows.reshape(rows.total, width), group, groups)
         return call.close(y.view(call.rows.shape))
 
     def normalize(self, x: Tensor, group: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
@@ -157,7 +183,11 @@ class SequenceBatchNorm(nn.Module):
         bias = torch.zeros_like(self.weight) if bias is None else bias
         if self.synchronize and self.uses_batch and dist.is_available() and dist.is_initialized():
             return self._normalize_together(x, group, groups, bias)
+        if not groups:
+            return torch.where(group[:, None] >= 0, x, 0.0) + 0 * (self.weight + bias)  # gradients of 0, for DDP
         counts = torch.bincount(group + 1, minlength=groups + 1)[1:]
+        if len(counts) != groups:
+            raise ValueError(f"groups must lie in -1..{groups - 1}, got {len(counts) - 1}")
         slots = torch.arange(groups, device=x.device).clamp(max=self.max_steps - 1)
         source, mean, var = self.sources(counts, slots)
         y, mean, var = batch_norm_groups(x, group, source, mean, var, self.weight, bias, self.eps)
@@ -193,7 +223,7 @@ class SequenceBatchNorm(nn.Module):
             raise RuntimeError(
                 f"batch statistics need {self.min_rows} rows, got {int(counts[lacking.to(counts.device)][0])} in the "
                 f"first group with {self.statistics!r} statistics, and there are no running ones yet: "
-                "use batches of more lanes, statistics='sequence', or a smaller min_rows (2 at least)"
+                "use batches of more lanes, or a smaller min_rows (2 at least)"
             )
         return source, self.running_mean[known], self.running_var[known]
 
@@ -208,17 +238,20 @@ class SequenceBatchNorm(nn.Module):
         hit, dtype = by_slot > 0, self.running_mean.dtype
         weight = by_slot.to(dtype)
         share = (rows.to(dtype) / weight.clamp(min=1)[slots])[:, None]
-        if self._population is not None:
-            self._population += by_slot
-            rate = weight / self._population.to(dtype).clamp(min=1)
+        population = self._population
+        if population is not None:
+            population.rows += by_slot
+            rate = weight / population.rows.to(dtype).clamp(min=1)
+            averages, tracked = (population.mean, population.var), population.batches
         else:
             rate = 1 / (self.num_batches_tracked + 1).to(dtype)
             rate = rate if self.momentum is None else rate.clamp(min=self.momentum)
+            averages, tracked = (self.running_mean, self.running_var), self.num_batches_tracked
         rate = torch.where(hit, rate, 0)[:, None]
-        for running, found in ((self.running_mean, mean), (self.running_var, var)):
-            batch = torch.zeros_like(running).index_add_(0, slots, share * found.to(running.dtype))
-            running += rate * (batch - running)
-        self.num_batches_tracked += hit
+        for average, found in zip(averages, (mean, var), strict=True):
+            batch = torch.zeros_like(average).index_add_(0, slots, share * found.to(dtype))
+            average.lerp_(batch, rate.expand_as(average))  # exact where the weight is 1
+        tracked += hit
 
     def _normalize_together(self, x: Tensor, group: Tensor, groups: int, bias: Tensor) -> Tensor:
         """The same with sums over all processes, in plain torch."""
@@ -236,13 +269,16 @@ class SequenceBatchNorm(nn.Module):
         source, given_mean, given_var = self.sources(counts, slots)
         given, at = (source < 0)[:, None], source.clamp(min=0)
         self.update(source, counts, slots, mean, var)
+        flat = var <= min(self.eps * self.eps, 1e-10)  # rows that are equal: see the reference
+        mean, var = torch.where(flat, mean.detach(), mean), torch.where(flat, var.detach(), var)
+        flat = flat & (source == torch.arange(groups, device=source.device))[:, None]
         mean, var = torch.where(given, given_mean, mean[at]), torch.where(given, given_var, var[at])
         y = (kept - mean[where]) / torch.sqrt(var[where] + self.eps)
-        y = self.weight * torch.where(var[where] <= self.eps**2, y.detach(), y) + bias
+        y = self.weight * torch.where(flat[where], y.detach(), y) + bias
         return torch.zeros_like(x).masked_scatter(real[:, None], y).to(dtype)
 
     def extra_repr(self) -> str:
-        """The size and what differs from the defaults, as ``torch.nn`` modules show them."""
+        """The size and the kind of statistics."""
         steps = "" if self.statistics == "sequence" else f", max_steps={self.max_steps}"
         return f"{self.num_features}{steps}, statistics={self.statistics!r}, eps={self.eps}, momentum={self.momentum}"
 
@@ -280,7 +316,8 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             )
         rows = input if input.dim() == 2 else input.transpose(1, 2)
         real = rows[mask]
-        done = super().forward(real) if len(real) else real
+        scale = 1 if self.weight is None else self.weight  # a gradient of 0 for a batch of padding, which DDP asks for
+        done = super().forward(real) if len(real) else real * scale
         y = torch.zeros_like(rows, dtype=done.dtype).masked_scatter(mask[..., None], done)
         return y if input.dim() == 2 else y.transpose(1, 2)
 

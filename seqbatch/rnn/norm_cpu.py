@@ -16,20 +16,16 @@ __all__ = ["bn_lstm", "bn_lstm_backward", "normalize", "normalize_backward"]
 Array = NDArray[Any]
 
 
-_MAPPED = 2**25  # bytes from which glibc takes memory from the system anew each time
-
-
 def normalize(
     x: Tensor, group: Tensor, source: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`seqbatch.rnn.norm_reference.normalize`, of contiguous rows in float32 or float64."""
-    counts = _counts(group, source)
-    (y, zeroed), mean, var = _rows_like(x, counts), mean.clone(), var.clone()
-    inputs = (*_arrays((x, group, source)), counts, *_arrays((mean, var, weight, bias)))
+    y, mean, var = torch.empty_like(x), mean.clone(), var.clone()
+    inputs = (*_arrays((x, group, source)), _counts(group, source), *_arrays((mean, var, weight, bias)))
     (output,) = _arrays((y,))
 
     def block(_: Span, columns: Span, *__: object) -> None:
-        norm_kernels.normalize(*inputs, eps, columns, zeroed, output)
+        norm_kernels.normalize(*inputs, eps, columns, output)
 
     run_blocks(block, 1, x.shape[1], 1, x.numel(), _share(x.shape[1]))
     return y, mean, var
@@ -39,14 +35,12 @@ def normalize_backward(
     grad: Tensor, x: Tensor, group: Tensor, source: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias."""
-    counts = _counts(group, source)
-    grad_x, zeroed = _rows_like(x, counts)
-    outputs = grad_x, torch.empty_like(weight), torch.empty_like(weight)
+    outputs = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     arrays = _arrays(outputs)
-    inputs = (*_arrays((grad, x, group, source)), counts, *_arrays((mean, var, weight)))
+    inputs = (*_arrays((grad, x, group, source)), _counts(group, source), *_arrays((mean, var, weight)))
 
     def block(_: Span, columns: Span, *__: object) -> None:
-        norm_kernels.normalize_backward(*inputs, eps, columns, zeroed, *arrays)
+        norm_kernels.normalize_backward(*inputs, eps, columns, *arrays)
 
     run_blocks(block, 1, x.shape[1], 1, x.numel(), _share(x.shape[1]))
     return outputs
@@ -57,17 +51,10 @@ def _share(width: int) -> int:
     return max(-(-width // (16 * torch.get_num_threads())) * 16, 1)
 
 
-def _rows_like(x: Tensor, counts: Array) -> tuple[Tensor, bool]:
-    """Memory for as many rows, and whether it is 0.
-
-    So much memory comes from the system page by page, as zeros: pages of padding alone then cost nothing.
-    """
-    if counts.sum() == len(x) or x.nbytes <= _MAPPED:
-        return torch.empty_like(x), False
-    return torch.from_numpy(np.zeros(x.shape, x.numpy().dtype)), True
-
-
 def _counts(group: Tensor, source: Tensor) -> Array:
+    """Rows of each group; the kernels rely on there being no other groups."""
+    if len(group) and not -1 <= int(group.min()) <= int(group.max()) < len(source):
+        raise ValueError(f"groups must lie in -1..{len(source) - 1}, got {int(group.min())}..{int(group.max())}")
     counts: Array = np.bincount(group.numpy() + 1, minlength=len(source) + 1)[1:]
     return counts
 

@@ -34,14 +34,15 @@ def normalize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias."""
     by_group = _ByGroup(group, source)
-    inv = torch.where(var <= eps * eps, 0, torch.rsqrt(var + eps))  # rows that are equal: see the reference
+    inv = torch.rsqrt(var + eps)
     normal = (x - mean[by_group.safe]) * inv[by_group.safe]
     plain, along = by_group.sums(grad), by_group.sums(torch.where((group < 0)[:, None], 0, grad * normal))
     grad_weight, grad_bias = along.sum(0), plain.sum(0)
     counts = by_group.counts.to(x.dtype).clamp(min=1)[:, None]
     plain, along = (by_group.lent(part) / counts for part in (plain, along))
     inner = grad - plain[by_group.safe] - normal * along[by_group.safe]
-    grad_x = (weight * inv)[by_group.safe] * inner
+    flat = (var <= min(eps * eps, 1e-10)) & by_group.own[:, None]  # rows that are equal: see the reference
+    grad_x = (weight * torch.where(flat, 0, inv))[by_group.safe] * inner
     return grad_x.masked_fill_((group < 0)[:, None], 0), grad_weight, grad_bias
 
 
@@ -55,7 +56,7 @@ class _ByGroup:
         self.offsets, self.counts = all_counts.cumsum(0), all_counts[1:]
         self.safe = group.clamp(min=0)
         self.at, self.given = source.clamp(min=0), (source < 0)[:, None]
-        self.source, self.index = source, torch.arange(groups, device=source.device)
+        self.source, self.own = source, source == torch.arange(groups, device=source.device)
 
     def sums(self, rows: Tensor) -> Tensor:
         """(G, D): the sum of each group's rows."""
@@ -63,10 +64,9 @@ class _ByGroup:
 
     def lent(self, sums: Tensor) -> Tensor:
         """The sums of each group with its own statistics and of those that borrow them; 0 for others."""
-        own = self.source == self.index
         lender = torch.where(self.source < 0, len(sums), self.source)
         total: Tensor = torch.zeros_like(torch.cat([sums, sums[:1]])).index_add_(0, lender, sums)[:-1]
-        return torch.where(own[:, None], total, 0)
+        return torch.where(self.own[:, None], total, 0)
 
 
 def bn_lstm(

@@ -97,10 +97,9 @@ def normalize(
     bias: Array,
     eps: float,
     columns: tuple[int, int],
-    zeroed: bool,
     y: Array,
 ) -> None:
-    """Fill mean and var of the groups that have their own, and y; rows of no group, -1, are 0, or ``zeroed`` already.
+    """Fill mean and var of the groups that have their own, and y; rows of no group, -1, become 0.
 
     Shapes: x, y (R, D); group (R,); source, counts (G,), rows of each group; mean, var (G, D); weight, bias (D,).
     Sums are of differences from the group's first row, in float64: one pass, and no cancellation.
@@ -131,8 +130,7 @@ def normalize(
     for r in range(rows):
         g, out = group[r], y[r, j0:j1]
         if g < 0:
-            if not zeroed:
-                out[:] = 0
+            out[:] = 0
             continue
         row, m, s = x[r, j0:j1], mean[g, j0:j1], scale[g]
         for j in range(len(out)):
@@ -151,7 +149,6 @@ def normalize_backward(
     weight: Array,
     eps: float,
     columns: tuple[int, int],
-    zeroed: bool,
     grad_x: Array,
     grad_weight: Array,
     grad_bias: Array,
@@ -163,8 +160,7 @@ def normalize_backward(
     inv = np.empty((groups, width), x.dtype)
     for g in range(groups):
         for j in range(width):
-            flat = var[g, j0 + j] <= eps * eps  # rows that are equal: see the reference
-            inv[g, j] = 0 if flat else one / np.sqrt(var[g, j0 + j] + x.dtype.type(eps))
+            inv[g, j] = one / np.sqrt(var[g, j0 + j] + x.dtype.type(eps))
     plain, along = np.zeros((groups, width)), np.zeros((groups, width))  # of grad, and of grad times what it scaled
     order, begins = _by_group(group, counts)
     for g in range(groups):
@@ -188,12 +184,13 @@ def normalize_backward(
             for j in range(width):
                 p_mean[g, j] = plain[g, j] / counts[g]
                 a_mean[g, j] = along[g, j] / counts[g]
+                if var[g, j0 + j] <= min(eps * eps, 1e-10):  # rows that are equal: see the reference
+                    inv[g, j] = 0
     w = weight[j0:j1]
     for r in range(rows):
         g, dx = group[r], grad_x[r, j0:j1]
         if g < 0:
-            if not zeroed:
-                dx[:] = 0
+            dx[:] = 0
             continue
         row, out, m, i, p, a = x[r, j0:j1], grad[r, j0:j1], mean[g, j0:j1], inv[g], p_mean[g], a_mean[g]
         for j in range(width):

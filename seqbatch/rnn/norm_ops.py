@@ -30,6 +30,16 @@ def batch_norm_groups(
     [[-1.0, 1.0, 0.0]]
     """
     carry, dtype = carry_dtype(x.dtype), x.dtype
+    width, groups = x.shape[-1], len(source)
+    for name, given, shape in (
+        ("group", group, (len(x),)),
+        ("mean", mean, (groups, width)),
+        ("var", var, (groups, width)),
+        ("weight", weight, (width,)),
+        ("bias", bias, (width,)),
+    ):
+        if given.shape != shape:
+            raise RuntimeError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
     floats = [t.to(carry).contiguous() for t in (x, mean, var, weight, bias)]
     with torch.autocast(x.device.type, enabled=False):
         y, mean, var = _normalize(floats[0], group.contiguous(), source, *floats[1:], eps)

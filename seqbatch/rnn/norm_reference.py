@@ -47,26 +47,39 @@ def normalize(
     for g, s in enumerate(source.tolist()):
         members = (group == g).nonzero()[:, 0]
         if s == g and len(members):
-            means.append(x[members].mean(0))
-            variances.append((x[members] - means[-1]).square().mean(0))
+            m, v = _moments(x[members], eps)
+            means.append(m)
+            variances.append(v)
         else:
             means.append(means[s] if 0 <= s < g else mean[g].to(x.dtype))
             variances.append(variances[s] if 0 <= s < g else var[g].to(x.dtype))
-        rows = weight * _normal(x[members], means[-1], variances[-1], eps) + bias
+        rows = weight * _normal(x[members], means[-1], variances[-1], eps, s == g) + bias
         y = y.index_put((members,), rows.to(x.dtype))
     if not means:
         return y.to(out), mean, var
     return y.to(out), torch.stack(means), torch.stack(variances)
 
 
-def _normal(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps), without a gradient where all rows are equal but for rounding.
+def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of rows, without a gradient where the rows are equal."""
+    mean = x.mean(0)
+    var = (x - mean).square().mean(0)
+    flat = _flat(var, eps)
+    return torch.where(flat, mean.detach(), mean), torch.where(flat, var.detach(), var)
+
+
+def _normal(x: Tensor, mean: Tensor, var: Tensor, eps: float, own: bool) -> Tensor:
+    """(x - mean) / sqrt(var + eps), with the rows' own statistics without a gradient where the rows are equal.
 
     There the result is 0 whatever x is, and 1 / sqrt(eps), which the formula has as its derivative, would multiply the
     gradient some hundred times at each step: images whose first pixels are black everywhere have a hundred such steps.
     """
     result = (x - mean) / torch.sqrt(var + eps)
-    return torch.where(var <= eps * eps, result.detach(), result)
+    return torch.where(_flat(var, eps), result.detach(), result) if own else result
+
+
+def _flat(var: Tensor, eps: float) -> Tensor:
+    return var <= min(eps * eps, 1e-10)
 
 
 def bn_lstm(
@@ -125,12 +138,13 @@ def bn_lstm(
     def norm(x: Tensor, term: int, g: int, gamma: Tensor) -> Tensor:
         s = sources[g]
         if s == g:
-            used[term].append(x.mean(0))
-            used[term + 1].append((x - used[term][-1]).square().mean(0))
+            m, v = _moments(x, eps)
+            used[term].append(m)
+            used[term + 1].append(v)
         else:
             for k in (term, term + 1):
                 used[k].append(used[k][s] if s >= 0 else moments[k][g])
-        return gamma * _normal(x, used[term][-1], used[term + 1][-1], eps)
+        return gamma * _normal(x, used[term][-1], used[term + 1][-1], eps, s == g)
 
     for g, (begin, end) in enumerate(spans):
         before = previous[begin:end]

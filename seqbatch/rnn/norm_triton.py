@@ -158,7 +158,9 @@ def _through_statistics(
     source,
     gamma,
     mean,
+    var,
     inv,
+    eps,
     owed,
     total_gamma,
     total_beta,
@@ -200,6 +202,8 @@ def _through_statistics(
     own = tl.where(source == g, 1 / n, 0)
     plain *= own
     along *= own
+    flat = tl.minimum(eps * eps, 1e-10)
+    inv = tl.where((source == g) & (var <= flat), 0, inv)  # rows that are equal: see the reference
     start = lo
     while start < hi:
         r = (start + rows).to(tl.int64)
@@ -239,10 +243,10 @@ def _gate_back(
     column = k * width + j
     mean = tl.load(mean_h + g.to(tl.int64) * four + column, mask=live, other=0)
     var = tl.load(var_h + g.to(tl.int64) * four + column, mask=live, other=1)
-    inv = tl.where(var <= eps * eps, 0, 1 / tl.sqrt(var + eps))  # rows that are equal: see the reference
+    inv = 1 / tl.sqrt(var + eps)
     gamma = tl.load(gamma_h + column, mask=live, other=0)
     _through_statistics(
-        grad_outside, 0, four, a, 0, lo, hi, g, source, gamma, mean, inv, owed_h, total_h, total_h, grad_a,
+        grad_outside, 0, four, a, 0, lo, hi, g, source, gamma, mean, var, inv, eps, owed_h, total_h, total_h, grad_a,
         k, four, width, j, live, False, False, ROWS,
     )  # fmt: skip
 
@@ -329,10 +333,9 @@ def step_backward(
         start += ROWS
     tl.debug_barrier()
     if OF_C:
-        inv = tl.where(var <= eps * eps, 0, inv)  # rows that are equal: see the reference
         _through_statistics(
-            grad_h, entering, width, c, entering, lo, hi, g, source, gamma, mean, inv, owed_c, total_c, total_beta,
-            grad_c, 0, width, width, j, live, True, True, ROWS,
+            grad_h, entering, width, c, entering, lo, hi, g, source, gamma, mean, var, inv, eps, owed_c, total_c,
+            total_beta, grad_c, 0, width, width, j, live, True, True, ROWS,
         )  # fmt: skip
         tl.debug_barrier()
     start = lo

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqbatch.rnn.norm import SequenceBatchNorm
+from seqbatch.rnn.norm import Population, SequenceBatchNorm
 
 __all__ = ["estimate_population"]
 
@@ -19,8 +19,10 @@ def estimate_population(
 
     Every :class:`SequenceBatchNorm` in the model, those of ``BNLSTM`` included, normalizes with batch statistics
     meanwhile and gets their mean over the batches, weighted by rows; all else is in evaluation mode (no dropout). So
-    the output of one batch in training and its output in evaluation after a pass over it alone are equal. Source:
-    Cooijmans et al., arXiv 1603.09025, section 3.
+    the output of one batch in training and its output in evaluation after a pass over it alone are equal, if it has no
+    more than max_steps steps and there is neither dropout nor noise. Source: Cooijmans et al., arXiv 1603.09025,
+    section 3. Every process estimates from its own batches, but for layers that synchronize: these need as many
+    batches in each.
 
     Args:
         model: The model; its mode is restored afterwards. If the pass fails the old statistics stay.
@@ -55,20 +57,23 @@ def estimate_population(
 
 @contextmanager
 def _collecting(model: nn.Module, norms: list[SequenceBatchNorm]) -> Iterator[None]:
-    """Evaluation mode, with statistics from the batches; what was is put back."""
+    """Evaluation mode, with statistics from the batches; modes are put back, running statistics change at the end."""
+    if any(norm._population is not None for norm in norms):
+        raise RuntimeError("the population's statistics are being estimated already, further up")
     modes = {module: module.training for module in model.modules()}
-    before = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
     try:
         model.eval()
         for norm in norms:
-            norm.reset_running_stats()
-            norm._population = torch.zeros_like(norm.num_batches_tracked)
+            mean, count = norm.running_mean, norm.num_batches_tracked
+            zeros = (torch.zeros_like(mean), torch.ones_like(mean), torch.zeros_like(count), torch.zeros_like(count))
+            norm._population = Population(*zeros)
         yield
-    except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, value in buffers.items():
-                norm.get_buffer(name).copy_(value)
-        raise
+        for norm in norms:
+            found = norm._population
+            if found is not None:
+                norm.running_mean.copy_(found.mean)
+                norm.running_var.copy_(found.var)
+                norm.num_batches_tracked.copy_(found.batches)
     finally:
         for norm in norms:
             norm._population = None
