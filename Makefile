@@ -38,6 +38,9 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.lm_strategies.speed
 	PYTHONPATH=. $(BIN)/python -m experiments.asr_lengths.run
 	PYTHONPATH=. $(BIN)/python -m experiments.sru_classification.run
+	PYTHONPATH=. $(BIN)/python -m experiments.sequential_mnist.run
+	PYTHONPATH=. $(BIN)/python -m experiments.char_lm.run
+	PYTHONPATH=. $(BIN)/python -m experiments.attentive_reader.run
 
 # Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
 gpu:
