@@ -88,7 +88,7 @@ def test_full_settings_are_the_papers():
     assert changed(True, decay=0.5, momentum=None).decay == 0.5
     for order, noise in zip(ORDERS, (0.1, 0.0), strict=True):
         model = Classifier("BN-LSTM", FULL, order).rnn.layers[0][0]
-        assert model.norm_h.running_mean.shape == (784, 400) and model.options["noise"] == noise
+        assert model.norm_h.running_mean.shape == (784, 400) and model.options.noise == noise
         assert torch.equal(model.weight_hh[200:300], torch.eye(100)) and model.bias[100:200].eq(1).all()
         assert model.norm_h.weight.eq(0.1).all() and model.norm_c.weight.eq(0.1).all()
 

@@ -20,9 +20,10 @@ from seqbatch.rnn import BNLSTM, SequenceBatchNorm
 
 HERE = Path(__file__).parent
 SHAPES = {"cpu": [(128, 32, 512), (196, 64, 100)], "cuda": [(128, 64, 512), (512, 32, 512), (180, 128, 2000)]}
+WIDE = 512  # units from which the bars are meant
 ROWS, FEATURES = (8_192, 16_384), 512  # of the batches for masked statistics; 64 % of their rows are real
 
-# job, what it is measured against, the bar: at most, or if negative at least; None: reported only
+# job, what it is measured against, the bar: at most, or if negative at least; None: reported only. For WIDE alone.
 BARS: list[tuple[str, str, dict[str, float | None]]] = [
     ("BNLSTM {}", "nn.LSTM {}", {"cpu": 1.35, "cuda": 3.0}),
     ("loop {}", "BNLSTM {}", {"cpu": -1.5, "cuda": None}),
@@ -93,7 +94,7 @@ def norms(rows: int, device: str) -> dict[str, Job]:
     }
 
 
-def rows_of(found: dict[str, list[float]], device: str) -> list[dict[str, object]]:
+def rows_of(found: dict[str, list[float]], device: str, width: int) -> list[dict[str, object]]:
     """A row for each job, and one for each bar: the median of the ratios turn by turn."""
     rows: list[dict[str, object]] = []
     for name, seconds in found.items():
@@ -105,7 +106,7 @@ def rows_of(found: dict[str, list[float]], device: str) -> list[dict[str, object
             if mine is None or theirs is None:
                 continue
             ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-            ratio, bar = statistics.median(ratios), bars[device] if direction == "both" else None
+            ratio, bar = statistics.median(ratios), bars[device] if direction == "both" and width >= WIDE else None
             row: dict[str, object] = {"job": job.format(direction), "against": base.format(direction)}
             row |= {"ratio": round(ratio, 3), "ratio_low": round(min(ratios), 3), "ratio_high": round(max(ratios), 3)}
             if bar is not None:
@@ -136,7 +137,7 @@ def main() -> None:
                 seconds = timer(job)
                 if turn:  # the first compiles and warms up
                     found[name].append(seconds)
-        some = [setting | row for row in rows_of(found, device)]
+        some = [setting | row for row in rows_of(found, device, setting["width"])]
         results += some
         for row in some:
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
