@@ -246,7 +246,7 @@ def test_few_and_equal_lengths(lengths: list[int]) -> None:
         ({"device": "cuda:7"}, "is not there: torch .* sees"),
         ({"device": "tpu"}, "must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "meta"}, "must be cpu, cuda or cuda:N, got 'meta'"),
-        ({"cell": "gru"}, "cell must be one of 'sru', 'lstm', 'nn.LSTM', got 'gru'"),
+        ({"cell": "gru"}, "cell must be one of 'sru', 'lstm', 'bnlstm', 'nn.LSTM', got 'gru'"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"hidden": 0}, "hidden must be at least 1"),
         ({"layers": 0}, "layers must be at least 1"),
