@@ -167,12 +167,20 @@ class SequenceBatchNorm(nn.Module):
         call = Call.of(
             name, input, reset, mask, cu_seqlens, weight=self.weight, input_size=width, batch_first=self.batch_first
         )
+        group, groups = self._groups(call, age)
+        y = self.normalize(call.rows.reshape(len(group), width), group, groups)
+        return call.close(y.view(call.rows.shape))
+
+    def _groups(self, call: Call, age: Tensor | None) -> tuple[Tensor, int]:
+        """The group of each row of the batch, -1 for padding, and their number."""
+        if self.statistics == "sequence" and call.cu_seqlens is None:  # neither steps nor pieces matter
+            shape, mask = call.rows.shape[:2], call.mask
+            real = torch.ones(shape, dtype=torch.bool, device=call.rows.device) if mask is None else mask
+            return torch.where(real.flatten(), 0, -1), int(real.any())
         rows = Rows.of(call, check_age(age, call))
         index = group_of(self.statistics, rows.frame, rows.age, self.max_steps)
         groups = int(index.max()) + 1 if len(index) else 0
-        group = index.new_full((rows.total,), -1).index_copy_(0, rows.at, index)
-        y = self.normalize(call.rows.reshape(rows.total, width), group, groups)
-        return call.close(y.view(call.rows.shape))
+        return index.new_full((rows.total,), -1).index_copy_(0, rows.at, index), groups
 
     def normalize(self, x: Tensor, group: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
         """Normalize rows (R, D) of numbered groups (R,); group -1 becomes 0; group g has the running statistics g.
