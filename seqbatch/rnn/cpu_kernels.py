@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seqbatch.rnn.activations import compiled_fast, sigmoid
+from seqbatch.rnn.activations import compiled_fast, sigmoid, tanh
 
 __all__ = ["backward", "forward"]
 
@@ -34,8 +34,7 @@ def _gate(gate: Array, u: Array, bias: Array, weight_c: Array, before: Array, pe
 def _activate(g: Array, c: Array, kind: int) -> None:
     if kind == 1:
         for j in range(len(g)):
-            half = sigmoid(c[j] + c[j]) - g.dtype.type(0.5)
-            g[j] = half + half
+            g[j] = tanh(c[j])
     else:
         for j in range(len(g)):
             g[j] = g.dtype.type(0) if c[j] < 0 else c[j]  # NaN stays
