@@ -116,3 +116,30 @@ def _one_step(scan: Scan, t: int, b: int, j: int, c: float) -> tuple[float, floa
     g = {"identity": c, "tanh": math.tanh(c), "relu": max(c, 0.0)}[scan.activation]
     m = 1.0 if scan.dropout is None else at(scan.dropout, b, j)
     return (r * m * g + (1 - r) * s if scan.dropout_inside else s + m * r * (g - s)), c
+
+
+def some_linear(
+    steps: int = 9,
+    lanes: int = 3,
+    width: int = 6,
+    dtype: torch.dtype = torch.float64,
+    reset: bool = True,
+    mask: bool = True,
+    seed: int = 0,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """a, b and initial of a linear scan, which learn, and its flags; states stay near 1, and |a| reaches 1."""
+    g = torch.Generator().manual_seed(seed)
+    a = 2 * torch.rand(steps, lanes, width, generator=g, dtype=torch.float64) - 1
+    b, initial = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in (a.shape, a.shape[1:]))
+    flags = {"reset": torch.rand(steps, lanes, generator=g) < 0.3, "mask": torch.rand(steps, lanes, generator=g) < 0.8}
+    wanted = {"reset": reset, "mask": mask}
+    return [x.to(dtype).requires_grad_() for x in (a, b, initial)], {k: v for k, v in flags.items() if wanted[k]}
+
+
+def linear_gradients(tensors: list[Tensor] | None, before: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a fixed random weighing of a linear scan's outputs; without tensors the weights."""
+    g = torch.Generator().manual_seed(7)
+    weigh = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in (before, last)]
+    return (
+        tuple(weigh) if tensors is None else torch.autograd.grad((before, last), tensors, weigh, materialize_grads=True)
+    )

@@ -4,14 +4,16 @@ Errors have the class that ``torch.nn.LSTM`` raises where it has one: RuntimeErr
 devices, ValueError for dtypes and numbers of dimensions.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqbatch.rnn.reference import ACTIVATIONS
 
-__all__ = ["Scan", "check_flags", "check_offsets", "check_scan"]
+__all__ = ["Scan", "check_flags", "check_linear", "check_no_tangent", "check_offsets", "check_scan"]
 
 
 class Scan(NamedTuple):
@@ -68,6 +70,44 @@ def check_scan(scan: Scan) -> None:
     _check_shape("dropout", scan.dropout, (lanes, columns), u)
     if scan.dropout is not None and scan.dropout.requires_grad:
         raise ValueError("dropout is a mask, which no gradient flows to: pass dropout.detach()")
+
+
+def check_linear(a: Tensor, b: Tensor, initial: Tensor, reset: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse what :func:`seqbatch.rnn.linear_scan.linear_scan` does not take.
+
+    >>> check_linear(torch.zeros(5, 2, 3), torch.zeros(5, 2, 3), torch.zeros(3), None, None)
+    Traceback (most recent call last):
+        ...
+    RuntimeError: initial must have shape (2, 3), got (3,)
+    """
+    for name, given, shape in (("a", a, "(T, B, H)"), ("b", b, "(T, B, H)"), ("initial", initial, "(B, H)")):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}: expand it to {shape}")
+    if a.dim() != 3:
+        raise RuntimeError(f"a must be (T, B, H), got {tuple(a.shape)}")
+    if not a.is_floating_point():
+        raise ValueError(f"a must have a floating dtype, got {a.dtype}")
+    _check_shape("b", b, tuple(a.shape), a)
+    if b.dtype != a.dtype:
+        raise ValueError(f"b must have a's dtype, {a.dtype}, got {b.dtype}; convert it: b.to(a.dtype)")
+    _check_shape("initial", initial, tuple(a.shape[1:]), a)
+    check_flags(a, reset, mask, None)
+
+
+def check_no_tangent(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse forward mode, in which torch takes the derivative of a custom operator for 0.
+
+    >>> check_no_tangent("sru_scan", (torch.zeros(2), None))
+    """
+    if forward_ad._current_level >= 0 and any(_tangent(x) for x in tensors):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative (torch's custom operators would take it for 0): use reverse mode, "
+            "torch.autograd.grad or backward"
+        )
+
+
+def _tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def check_flags(rows: Tensor, reset: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from seqbatch.rnn import triton_kernels
 from seqbatch.rnn.checks import Scan
 from seqbatch.rnn.reference import carry_dtype
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "on_device"]
 
 _KINDS = {"identity": 0, "tanh": 1, "relu": 2}
 MANY = 8192  # columns that fill a device when each is walked by itself
@@ -19,6 +19,11 @@ CHUNK = 64  # least number of steps of a chunk
 BLOCK = 32  # columns of a program: one of each thread of a warp
 # Steps whose loads are in flight together: as many as registers hold; fewer with chunks, which are many programs.
 AHEAD = {"forward": (12, 8), "backward": (6, 4), "combine": (8, 8)}
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Launch where x lies; under Triton's interpreter that is nowhere."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def ahead(kernel: str, chunked: bool, flags: bool) -> int:
@@ -36,7 +41,7 @@ def forward(scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
     if not walk.programs:
         return h, c, last
     none = scan.u
-    with walk.device:
+    with on_device(scan.u):
         entering = scan.initial
         if walk.chunked:
             maps = walk.maps(carry)
@@ -59,7 +64,7 @@ def backward(grad_h: Tensor, grad_last: Tensor, c: Tensor, scan: Scan) -> list[T
     sums = c.new_empty(walk.programs, 4 if peephole else 2, scan.u.shape[-1])
     if walk.programs:
         none = scan.u
-        with walk.device:
+        with on_device(scan.u):
             entering = grad_last
             states = (c, grad_h, grad_last)
             if walk.chunked:
@@ -115,10 +120,6 @@ class _Walk:
             none if scan.cu_seqlens is None else scan.cu_seqlens,
             segment,
         )
-
-    @property
-    def device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.scan.u.device) if self.scan.u.is_cuda else nullcontext()
 
     def settings(self, kernel: str, summary: bool = False) -> dict[str, Any]:
         scan = self.scan

@@ -1,6 +1,5 @@
 """Batch statistics on CUDA: normalization in torch, the BN-LSTM step in one Triton kernel beside the matrix product."""
 
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +8,7 @@ import triton
 from torch import Tensor
 
 from seqbatch.rnn import norm_triton
+from seqbatch.rnn.cuda import on_device
 
 __all__ = ["bn_lstm", "bn_lstm_backward", "normalize", "normalize_backward"]
 
@@ -90,7 +90,7 @@ def bn_lstm(
     pointers = (a, outside, previous, sources, *_present(gammas, a), *_present(used, a), c, h)
     grid = (triton.cdiv(width, BLOCK),)
     constants = {"OF_H": gammas[0] is not None, "OF_C": gammas[1] is not None, "ROWS": ROWS, "BLOCK": BLOCK}
-    with _on(outside):
+    with on_device(outside):
         for g, ((lo, hi), run) in enumerate(zip(pairwise(offsets.tolist()), runs.tolist(), strict=True)):
             before = h[run : run + hi - lo] if run >= 0 else h.index_select(0, previous[lo:hi])
             if inside is None:
@@ -127,7 +127,7 @@ def bn_lstm_backward(
     grid = (triton.cdiv(width, BLOCK),)
     constants = {"OF_H": gammas[0] is not None, "OF_C": gammas[1] is not None, "ROWS": ROWS, "BLOCK": BLOCK}
     groups = list(enumerate(zip(pairwise(offsets.tolist()), runs.tolist(), strict=True)))
-    with _on(a):
+    with on_device(a):
         for g, ((lo, hi), run) in reversed(groups):
             norm_triton.step_backward[grid](*pointers, *outputs, lo, hi, g, entering, width, eps, **constants)
             if run >= 0:
@@ -141,7 +141,3 @@ def bn_lstm_backward(
 def _present(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Any, ...]:
     """A pointer that is not read for what is absent."""
     return tuple(like if x is None or not x.numel() else x for x in tensors)
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

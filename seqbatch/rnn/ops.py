@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqbatch.rnn import reference
-from seqbatch.rnn.checks import Scan, check_offsets, check_scan
+from seqbatch.rnn.checks import Scan, check_no_tangent, check_offsets, check_scan
 
 __all__ = ["sru_scan"]
 
@@ -70,17 +69,9 @@ def sru_scan(
     learning = any(x is not None and x.requires_grad for x in (u, skip, weight_c, bias, initial))
     scan = scan._replace(keep=learning and torch.is_grad_enabled())
     check_scan(scan)
-    if forward_ad._current_level >= 0 and any(_tangent(x) for x in (u, skip, weight_c, bias, initial)):
-        raise RuntimeError(
-            "sru_scan has no forward-mode derivative (torch's custom operators would take it for 0): use reverse mode, "
-            "torch.autograd.grad or backward"
-        )
+    check_no_tangent("sru_scan", (u, skip, weight_c, bias, initial))
     h, _, last = _forward(*scan._replace(initial=initial.to(reference.carry_dtype(u.dtype))))
     return h, last
-
-
-def _tangent(x: Tensor | None) -> bool:
-    return x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
