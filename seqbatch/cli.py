@@ -1,4 +1,4 @@
-"""The ``seqbatch`` command: ``stats``, ``simulate``, ``compare`` and ``plan``.
+"""The ``seqbatch`` command: ``stats``, ``simulate``, ``compare``, ``plan`` and ``explain``.
 
 Data go to standard output, progress and notes to standard error. Exit status 0: done; 1: the run
 failed, such as for a bad line in a file; 2: the command was not understood. Whatever takes time to
@@ -14,6 +14,7 @@ import click
 
 from seqbatch import __version__
 from seqbatch.cli_compare import compare
+from seqbatch.cli_explain import explain
 from seqbatch.command_line import (
     check_plot,
     failing_readably,
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 main.add_command(compare)
+main.add_command(explain)
 
 
 @main.command()

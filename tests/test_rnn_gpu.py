@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from scans import gradients, learning, some_scan
+from scans import gradients, learning, linear_gradients, some_linear, some_scan
 from torch import nn
 
-from seqbatch.rnn import BNLSTM, LSTM, SRU, SequenceBatchNorm, reference
+from seqbatch.rnn import BNLSTM, LSTM, SRU, SequenceBatchNorm, cells, parallelize, reference
 from seqbatch.rnn.checks import Scan
+from seqbatch.rnn.linear_scan import linear_scan, linear_scan_reference
 from seqbatch.rnn.ops import sru_scan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -227,4 +228,46 @@ def test_sequence_batch_norm_equals_the_cpu(statistics: Any) -> None:
         weigh = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view_as(y)
         grads = torch.autograd.grad((y * weigh).sum(), [leaf, *norm.parameters()])
         results.append([t.cpu() for t in (y, *grads, *norm.buffers())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 2, 3), (3, 0, 2), (1, 1, 1), (70, 5, 70), (33, 40, 256)], ids=str)
+def test_linear_scan_equals_the_reference(sizes: tuple[int, int, int], dtype: torch.dtype, flagged: bool) -> None:
+    """Outputs and gradients, without a wait for the device."""
+    tensors, flags = some_linear(*sizes, dtype, flagged, flagged)
+    tensors = [x.detach().cuda().requires_grad_() for x in tensors]
+    flags = {name: x.cuda() for name, x in flags.items()}
+    expected = linear_scan_reference(*tensors, **flags)
+    expected = (*expected, *linear_gradients(tensors, *expected))
+    linear_scan(*tensors, **flags)[1].sum().backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = linear_scan(*tensors, **flags)
+        sums = torch.autograd.grad(found[0].sum() + found[1].sum(), tensors, retain_graph=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x.isfinite().all() for x in sums)
+    for one, two in zip((*found, *linear_gradients(tensors, *found)), expected, strict=True):
+        rounding = 1e-10 if dtype == torch.float64 else max(2 * torch.finfo(two.dtype).eps, 1e-5)
+        torch.testing.assert_close(one, two, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("kind", [k for k in cells.__all__ if k != "Cell"])
+def test_a_parallelized_cell_equals_the_cpu(kind: str) -> None:
+    """In float64, with resets and padding: outputs, states and gradients; programs there, torch and scans here."""
+    torch.manual_seed(0)
+    cell = getattr(cells, kind)(5, 70).double()
+    layer = parallelize(cell, example=cell.example())
+    x, reset, mask = torch.randn(9, 33, 5, dtype=torch.float64), torch.rand(9, 33) < 0.2, torch.rand(9, 33) < 0.8
+    results = []
+    for device in ("cpu", "cuda"):
+        layer.to(device)
+        leaf = x.to(device).requires_grad_()
+        output, states = layer(leaf, reset=reset.to(device), mask=mask.to(device))
+        weigh = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=device).view_as(output)
+        total = (output * weigh).sum() + sum(state.sum() for state in states)
+        grads = torch.autograd.grad(total, [leaf, *layer.parameters()])
+        results.append([t.detach().cpu() for t in (output, *states, *grads)])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
