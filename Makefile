@@ -33,6 +33,8 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.bnlstm --device cpu
+	PYTHONPATH=. $(BIN)/python -m experiments.step_graph.run
+	PYTHONPATH=. $(BIN)/python -m experiments.step_graph.plot
 	PYTHONPATH=. $(BIN)/python -m experiments.loader_speed.run
 	PYTHONPATH=. $(BIN)/python -m experiments.prediction.run
 	PYTHONPATH=. $(BIN)/python -m experiments.lm_strategies.speed

@@ -2,5 +2,7 @@
 
 from importlib.util import find_spec
 
-NEED_TRITON = [f"seqbatch/rnn/{name}.py" for name in ("triton_kernels", "norm_triton", "norm_cuda")]
+NEED_TRITON = [
+    f"seqbatch/rnn/{name}.py" for name in ("triton_kernels", "norm_triton", "norm_cuda", "linear_scan_triton")
+]
 collect_ignore = [] if find_spec("triton") else NEED_TRITON
