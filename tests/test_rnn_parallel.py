@@ -280,9 +280,9 @@ def test_gru_and_lstm_are_torch_s() -> None:
 @pytest.mark.parametrize("size", [3, 4], ids=["projected", "as wide"])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_sru_is_the_library_s(version: str, size: int) -> None:
-    """With the weights mapped, resets and padding; the highway projected where sizes differ."""
+    """With the weights mapped, resets and padding; the highway projected where sizes differ, and not rescaled."""
     cell, x = make(f"SRU{version}", sizes=(size, 4)), torch.randn(7, 3, size, dtype=F64)
-    rnn = SRU(size, 4, version=version, dtype=F64)
+    rnn = SRU(size, 4, version=version, rescale=False, dtype=F64)
     with torch.no_grad():
         rnn.layers[0].weight.copy_(cell.linear.weight)
         rnn.layers[0].bias.copy_(cell.bias)
