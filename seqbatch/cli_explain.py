@@ -67,12 +67,9 @@ def _explained(name: str, sizes: tuple[int, ...] | None, widths: tuple[int, ...]
     example = _example(name, cell, widths)
     try:
         return parallelize(cell, example=example).explain()
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in example)
-        raise click.ClickException(
-            f"{name} fails on tensors of shapes {shapes} ({_line(error)}): give the widths of x and of each state "
-            "as --widths"
-        ) from error
+    except ValueError as error:
+        hint = "; --widths are those of x and of each state" if "fails on tensors" in str(error) else ""
+        raise click.ClickException(f"{name}: {error}{hint}") from error
 
 
 def _found(name: str) -> Any:

@@ -122,6 +122,32 @@ def takes_any(x, *state):
     return x + h, torch.tanh(x + h)
 
 
+class KeepsToItself(nn.Module):
+    def forward(self, x, h):
+        self.h = torch.tanh(x + h)
+        return self.h, self.h
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.ones(3)
+
+    def forward(self, x, h):
+        return x + h, torch.tanh(x + self.w * h)
+
+
+LAYER = nn.Linear(3, 3)
+
+
+def holds_a_layer(x, h):
+    return x + h, LAYER(x + h)
+
+
+def makes_zeros(x, h):
+    return x + h, h + torch.zeros(x.shape[0], 3)
+
+
 HERE = r"test_rnn_parallel_refused\.py:\d+: .*"
 STEPS = [
     (branches, HERE + r"if x\.sum\(\) > 0.*torch\.where"),
@@ -146,6 +172,12 @@ STEPS = [
     (names, r"must return \(y_t, \*new_state\), 1 \+ 1 tensors"),
     (a_list_inside, r"must return \(y_t, \*new_state\), 1 \+ 1 tensors"),
     (adds_noise, r"random"),  # drawn while tracing, the same numbers would come at every step
+    (KeepsToItself(), r"the step sets self\.h"),
+    (Plain(), r"self\.w is a tensor.*register_buffer\('w'"),
+    (KeepsToItself, r"is a class: make one, such as KeepsToItself"),
+    (nn.GRUCell(3, 3), r"seqbatch\.rnn\.cells"),
+    (holds_a_layer, HERE + r".*make the cell an nn\.Module"),
+    (makes_zeros, HERE + r".*x\.new_zeros"),
     (takes_any, r"\*state"),  # torch.fx takes it for one tensor
 ]
 
@@ -157,6 +189,7 @@ def test_a_step_is_refused(step: Callable[..., Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match="(?s)" + message):
         parallelize(step, example=example)
     assert torch.equal(example[0], X) and torch.equal(example[1], H)
+    assert not hasattr(step, "h")
 
 
 EXAMPLES: list[tuple[str, Any, str]] = [
@@ -198,6 +231,12 @@ FLAGS = torch.zeros(5, 2, dtype=torch.bool)
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("wide input", (torch.randn(5, 2, 6),), {}, r"input must .*3.*got \(5, 2, 6\)"),
     ("flat input", (torch.randn(5, 3),), {}, r"input must .*\(T, B, 3\).*got \(5, 3\)"),
+    (
+        "another dtype",
+        (torch.randn(5, 2, 3).double(),),
+        {},
+        r"input must have dtype torch\.float32, got torch\.float64",
+    ),
     ("no steps", (torch.randn(0, 2, 3),), {}, r"at least one (time )?step.*got .*0"),
     ("one state", (INPUT, (STATES,)), {}, r"hx must .*2 .*got 1"),
     ("three states", (INPUT, (STATES,) * 3), {}, r"hx must .*2 .*got 3"),

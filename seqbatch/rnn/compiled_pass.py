@@ -203,7 +203,7 @@ class CompiledPass:
                 raise CannotCompile(f"columns {column} to {column + width} of {node.name} come from several values")
             return [(*found, width)]
         if elementwise(node, self._graph.module) is None:
-            raise CannotCompile(f"{node.name} ({self._graph.name_of(node)}) is not element-wise")
+            raise CannotCompile(f"{node.name} ({self._graph.name_of(node)}) has no compiled form")
         whole, found_operands = values[node], []
         for operand in node.args:
             if not isinstance(operand, fx.Node):

@@ -156,7 +156,13 @@ class StepGraph:
                 found[node] = next(given)
             elif node.op != "output":
                 before = _random_state(example[0])
-                found[node] = run_node(self.module, node, found.__getitem__)
+                try:
+                    found[node] = run_node(self.module, node, found.__getitem__)
+                except Exception as error:
+                    shapes = ", ".join(str(tuple(part.shape)) for part in example)
+                    raise ValueError(
+                        f"the step fails on tensors of shapes {shapes}, at {node.name} ({self.name_of(node)}): {error}"
+                    ) from error
                 if not torch.equal(before, _random_state(example[0])):
                     self.random.add(node)
         return found
@@ -308,5 +314,7 @@ def _topological(count: int, edges: set[tuple[int, int]], label: np.ndarray[Any,
 def _results(result: Any, states: tuple[fx.Node, ...]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     parts = result if isinstance(result, tuple | list) else (result,)
     if len(parts) != 1 + len(states) or not all(isinstance(part, fx.Node) for part in parts):
-        raise ValueError(f"the cell must return (y_t, *new_state), 1 + {len(states)} tensors, got {result}")
+        raise ValueError(
+            f"the cell must return (y_t, *new_state), 1 + {len(states)} tensors, such as h, h; got {result}"
+        )
     return parts[0], tuple(parts[1:])

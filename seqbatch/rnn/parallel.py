@@ -25,9 +25,9 @@ def parallelize(cell: Cell, *, example: Sequence[Tensor]) -> "Parallel":
 
     The step is traced and cut into the strongly connected components of its graph (Hwang and Sung, arXiv 1503.02852):
     only what feeds back into itself walks through time, all else runs once for all steps. A component that is affine
-    and element-wise in its state becomes a scan. On CPU, in float32 and float64, what walks runs without the
-    interpreter, together with the element-wise operations around it. :meth:`Parallel.explain` says what became of each
-    operation.
+    and element-wise in its state becomes a scan. On CPU, in float32 and float64, what walks runs as a program of one
+    compiled kernel, together with the element-wise operations around it, and matrix products that must stay are one
+    call a step. :meth:`Parallel.explain` says what became of each operation.
 
     Random operations, such as ``nn.Dropout``, draw anew for each step and lane, wherever they run; the numbers are not
     those of a loop over the step, which draws in another order. Hooks on the cell's layers see the rows of all steps
@@ -40,7 +40,9 @@ def parallelize(cell: Cell, *, example: Sequence[Tensor]) -> "Parallel":
             lanes, and dtypes are those of later calls; the numbers try out which operations treat lanes alike.
 
     Returns:
-        A layer with the cell's parameters and the cell's state dict.
+        A layer with the cell's parameters and the cell's state dict: ``layer(input, hx=None, *, reset=None,
+        mask=None)`` gives (output, states) of an input (T, B, ...); states are a tuple even if there is one. See
+        :meth:`Parallel.forward`. States keep their graph: detach those that are carried to another batch.
 
     Raises:
         ValueError: The cell cannot be traced, works in place, returns something else than it should, or the output
@@ -181,6 +183,9 @@ class Parallel(nn.Module):
             got = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
             sizes = ", ".join(["T", "B", *map(str, x.shape[1:])])
             raise RuntimeError(f"input must have shape ({sizes}), as the example's x has {tuple(x.shape)}, got {got}")
+        dtype, autocast = self._like(x, input).dtype, torch.is_autocast_enabled(input.device.type)
+        if input.dtype != dtype and not autocast:
+            raise ValueError(f"input must have dtype {dtype}, got {input.dtype}; convert it: input.to({dtype})")
         if not len(input):
             raise RuntimeError("expected at least one time step, got an input of 0 steps")
         if hx is None:
@@ -217,6 +222,9 @@ def _blank(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 class Bidirectional(nn.Module):
     """Two layers, of which one reads each sequence from its end; their outputs side by side.
+
+    It takes whole sequences: the second layer cannot read the next batch, so that its output, and a state that is
+    carried, are not those of a sequence that goes on there.
 
     Args:
         forward_layer: Takes (input, hx, reset=, mask=) and returns (output, states), as :class:`Parallel` does.

@@ -21,10 +21,15 @@ class _Proxy(fx.Proxy):
     """Stands for a tensor while the step is traced; refuses what would be taken for something else."""
 
     def _refuse(self, other: Any) -> Any:
-        raise ValueError("the step changes a tensor in place (such as h += x): write h = h + x instead")
+        raise ValueError(
+            "the step changes a tensor in place (such as h += x or h[:, 0] = x): write h = h + x or torch.where"
+        )
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = __ipow__ = __imatmul__ = _refuse
     __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = _refuse
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._refuse(value)
 
 
 class _Tracer(fx.Tracer):
@@ -37,6 +42,10 @@ class _Tracer(fx.Tracer):
 
 def trace(cell: Cell, parts: int, training: bool) -> fx.GraphModule:
     """The step as a graph; what the tracer cannot follow is named with its line."""
+    if isinstance(cell, type):
+        raise ValueError(f"the cell is a class: make one, such as {cell.__name__}(...)")
+    if isinstance(cell, nn.RNNCellBase):
+        raise ValueError(f"nn.{type(cell).__name__} cannot be traced: take the step of that name in seqbatch.rnn.cells")
     if isinstance(cell, nn.Module) and has_hooks(cell):
         raise ValueError("the cell itself has hooks, which would not run at each step: put what they do into the step")
     forward = cell.forward if isinstance(cell, nn.Module) else cell
@@ -70,27 +79,60 @@ def constants_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _traced(cell: Cell, training: bool) -> fx.GraphModule:
-    before = cell.training if isinstance(cell, nn.Module) else False
-    names = set(vars(cell))
+    modules = list(cell.modules()) if isinstance(cell, nn.Module) else []
+    before = {module: dict(vars(module)) for module in modules}
     try:
         if isinstance(cell, nn.Module):
             cell.training = training
         tracer = _Tracer()
         graph = tracer.trace(cell)
-        return fx.GraphModule(tracer.root, graph)
+        found = fx.GraphModule(tracer.root, graph)
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-        frames = [f for f in frames if f.filename != __file__]
-        where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-        raise ValueError(
-            f"the step cannot be traced{where} ({type(error).__name__}: {error}). A step must do the same operations "
-            "whatever the numbers: use torch.where in place of if, and tensor operations in place of loops over values"
-        ) from error
+        raise ValueError(_why_not_traced(error)) from error
     finally:
-        if isinstance(cell, nn.Module):
-            cell.training = before
-            for name in set(vars(cell)) - names:  # constants, which the tracer leaves on the cell
-                delattr(cell, name)
+        changed = [name for module in modules for name in _restored(module, before[module])]
+    if changed:
+        raise ValueError(
+            f"the step sets self.{changed[0]}: what a step keeps is an argument that it returns, "
+            "cell(x_t, state) -> (y_t, new_state)"
+        )
+    for node in found.graph.nodes:
+        if (
+            node.op == "get_attr"
+            and isinstance(cell, nn.Module)
+            and isinstance(vars(cell).get(str(node.target)), Tensor)
+        ):
+            raise ValueError(
+                f"self.{node.target} is a tensor, but no parameter and no buffer, and would not move with the layer: "
+                f"self.register_buffer({str(node.target)!r}, ...)"
+            )
+    return found
+
+
+def _restored(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Put attributes back to what they were; those that the step itself has set."""
+    now, own = vars(module), []
+    for name in now.keys() | before.keys():
+        if name not in before or now.get(name) is not before[name]:
+            if name != "training" and not name.startswith("_tensor_constant"):  # which the tracer leaves there
+                own.append(name)
+            now.pop(name, None)
+    now.update(before)
+    return own
+
+
+def _why_not_traced(error: Exception) -> str:
+    """The line of the step, what was wrong there, and what to do."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if f.filename != __file__]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    advice = "A step must do the same operations whatever the numbers: use torch.where in place of if, and tensor "
+    advice += "operations in place of loops over values"
+    if isinstance(error, NameError):
+        advice = "A function holds no parameters: make the cell an nn.Module that owns this layer or parameter"
+    elif isinstance(error, TypeError) and not isinstance(error, fx.proxy.TraceError):
+        advice = "Sizes are no numbers while a step is traced: use torch.zeros_like(x) or x.new_zeros(x.size(0), 4)"
+    return f"the step cannot be traced{where} ({type(error).__name__}: {error}). {advice}"
 
 
 @contextmanager
