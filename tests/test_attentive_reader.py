@@ -131,6 +131,7 @@ def test_padding_in_training(name):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LSTM", "BN-e**"])
 def test_training_lowers_the_loss(name):
     """A tiny run: finite numbers, and a lower loss at its end."""

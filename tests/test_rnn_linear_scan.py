@@ -168,7 +168,7 @@ def test_opcheck(flagged: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's compiler, about torch.jit
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_as_one_graph(dynamic: bool) -> None:
     """Forward and backward equal eager, at other sizes too."""
 

@@ -66,7 +66,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "settings", [SETTINGS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS[1:])], ids=str
+)
 @pytest.mark.parametrize("many", [ALL_LANES, ALL_CHUNKS], ids=["lanes", "chunks"])
 def test_padded_form(settings: dict[str, Any], many: int, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole lanes and chunks of time, odd sizes, resets at the ends, masks."""
@@ -86,6 +88,7 @@ def test_flat_form(version: str, bidirectional: bool, planes: int, small: Any) -
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["flags", "flat"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(form: str, dtype: torch.dtype, small: Any) -> None:
@@ -133,6 +136,7 @@ def test_nothing_to_do(small: Any) -> None:
         assert torch.equal(small.backward(h, last, c, scan)[1], last)
 
 
+@pytest.mark.slow
 def test_compiles_ahead_of_time_without_spills() -> None:
     """A few variants for sm_80 and sm_90, in a process of its own, which does not interpret."""
     code = (

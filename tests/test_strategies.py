@@ -16,7 +16,8 @@ from seqbatch.strategy import Strategy
 EXTRA = os.environ.get("SEQBATCH_EXTRA_LENGTHS", "")
 FILES = sorted(Path(EXTRA).glob("*.txt.gz")) if EXTRA else []
 CORPORA = {name: lambda name=name: load_corpus(name) for name in corpus_names()}
-CORPORA |= {path.name.removesuffix(".txt.gz"): lambda path=path: read_lengths(path) for path in FILES}
+MORE = {path.name.removesuffix(".txt.gz"): lambda path=path: read_lengths(path) for path in FILES}
+MORE = {name: read for name, read in MORE.items() if name not in CORPORA}
 
 
 @pytest.mark.parametrize("kind", strategies.KINDS)
@@ -62,10 +63,10 @@ def test_an_epoch_survives_any_change_of_ranks(
 
 
 @pytest.mark.parametrize("kind", strategies.ALL)
-@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("corpus", [*CORPORA, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_real_lengths_obey_all_laws(corpus: str, kind: str) -> None:
     """Every kind of plan over every corpus: all laws, with ranks going 8, 3, 5 (carried: 8, 3, 6)."""
-    lengths = CORPORA[corpus]()
+    lengths = (CORPORA | MORE)[corpus]()
     strategy = strategies.ALL[kind](int(lengths.max()))
     plan = strategy.plan(lengths, seed=5)
     laws.law_exactly_once(lengths, plan)
