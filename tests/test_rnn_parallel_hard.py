@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import EXACT, assert_same, flags, loop
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from seqbatch.rnn import cells, parallelize
 from seqbatch.rnn.parallel import Parallel
@@ -292,3 +292,46 @@ def test_functions_in_place_are_refused() -> None:
     """As methods are."""
     with pytest.raises(ValueError, match=r"in place.*relu_"):
         parallelize(lambda x, h: (torch.relu_(h + x),) * 2, example=(torch.randn(4, 3), torch.randn(4, 3)))
+
+
+@fx.wrap
+def relu(x: Tensor) -> Tensor:
+    """Of the same name as torch's."""
+    return torch.where(x > 0, x, 0.1 * x)
+
+
+def test_a_function_of_the_name_of_torch_s() -> None:
+    """Is what it is."""
+
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = relu(0.5 * h + x)
+        return h, h
+
+    x, h = torch.randn(5, 3, 4, dtype=F64), torch.randn(3, 4, dtype=F64)
+    assert_same(parallel(step, 4, 4), step, x, (h,), {})
+
+
+def test_a_bias_for_all_columns() -> None:
+    """One number, widened by the product."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(4, 4, dtype=F64)), nn.Parameter(torch.randn(1, dtype=F64))
+
+        def forward(self, x, h):
+            h = torch.tanh(F.linear(h, self.w, self.b) + x)
+            return h, h
+
+    cell = Shared()
+    x, h = torch.randn(5, 3, 4, dtype=F64), torch.randn(3, 4, dtype=F64)
+    assert_same(parallel(cell, 4, 4), cell, x, (h,), {})
+
+
+def test_buffers_that_a_trial_does_not_write_keep_their_version() -> None:
+    """A trace in another mode must not undo what autograd has kept."""
+    cell = Constant()
+    layer, before = parallel(cell, 4, 4), cell.g._version
+    layer.eval()
+    layer(torch.randn(2, 2, 4, dtype=F64))
+    assert cell.g._version == before

@@ -1,7 +1,7 @@
 """Run a :class:`CompiledPass` over all steps, forward and backward."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,40 +11,47 @@ from seqbatch.rnn.compiled_pass import CompiledPass
 from seqbatch.rnn.programs import WIDTH, Instructions
 from seqbatch.rnn.threads import GROUPS, Span, run_blocks
 
-__all__ = ["refuse_second_derivative", "run_pass"]
+__all__ = ["Inputs", "refuse_second_derivative", "run_pass"]
 
 _SMALL = 1 << 20  # instructions times elements below which threads cost more than they save
 Weights = Sequence[tuple[Tensor, Tensor | None]]
 
 
+class Inputs(NamedTuple):
+    """What a pass runs on.
+
+    Attributes:
+        outer: (T * B, columns) for each of the pass's outer nodes.
+        vectors: (columns,) for each of its vectors.
+        weights: A matrix, (out, in), and a bias (out,) or None, for each of its products.
+        initial: (B, columns), what the states are before the first step.
+    """
+
+    outer: Sequence[Tensor]
+    vectors: Sequence[Tensor]
+    weights: Weights
+    initial: Sequence[Tensor]
+
+
 def run_pass(
-    compiled: CompiledPass,
-    outer: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    weights: Weights,
-    initial: Sequence[Tensor],
-    grid: tuple[int, int],
-    reset: Tensor | None,
-    mask: Tensor | None,
+    compiled: CompiledPass, inputs: Inputs, grid: tuple[int, int], reset: Tensor | None, mask: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The rows of the exports and the states after the last step.
 
     Args:
         compiled: What to run.
-        outer: (T * B, columns) for each of the pass's outer nodes.
-        vectors: (columns,) for each of its vectors.
-        weights: A matrix, (out, in), and a bias or None, for each of its products.
-        initial: (B, columns), what the states are before the first step.
+        inputs: What to run it on.
         grid: T and B.
         reset: (T, B) bool.
         mask: (T, B) bool.
     """
-    _check(compiled, outer, vectors, weights, initial, grid)
+    _check(compiled, inputs, grid)
+    initial = inputs.initial
     if reset is not None:
         initial = [torch.where(reset[0][:, None], 0.0, state) for state in initial]
-    flat = [part for pair in weights for part in pair]
-    rows = [part if part.stride(-1) == 1 or not part.numel() else part.contiguous() for part in outer]
-    found = _Run.apply(compiled, grid, reset, mask, *rows, *vectors, *flat, *initial)  # type: ignore[no-untyped-call]
+    flat = [part for pair in inputs.weights for part in pair]
+    rows = [part if part.stride(-1) == 1 or not part.numel() else part.contiguous() for part in inputs.outer]
+    found = _Run.apply(compiled, grid, reset, mask, *rows, *inputs.vectors, *flat, *initial)  # type: ignore[no-untyped-call]
     exports = len(compiled.exports)
     return list(found[:exports]), list(found[exports:])
 
@@ -57,15 +64,9 @@ def refuse_second_derivative() -> None:
         )
 
 
-def _check(
-    compiled: CompiledPass,
-    outer: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    weights: Weights,
-    initial: Sequence[Tensor],
-    grid: tuple[int, int],
-) -> None:
+def _check(compiled: CompiledPass, inputs: Inputs, grid: tuple[int, int]) -> None:
     """Refuse what does not have the sizes of the example: the kernel goes by address."""
+    outer, vectors, weights, initial = inputs
     sizes: list[tuple[str, Tensor, tuple[int, ...]]] = [
         (n.name, t, (grid[0] * grid[1], w)) for n, t, w in zip(compiled.outer, outer, compiled.widths, strict=False)
     ]
@@ -139,13 +140,11 @@ class _Run(torch.autograd.Function):
         return (None, None, None, None, *found, *from_weights, *initial)
 
 
-def _parted(compiled: CompiledPass, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], Weights, list[Tensor]]:
-    """Rows, vectors, pairs of weight and bias, initial states."""
-    a = len(compiled.outer)
-    b = a + len(compiled.vectors)
+def _parted(compiled: CompiledPass, tensors: Sequence[Any]) -> Inputs:
+    a, b = len(compiled.outer), compiled.first_state
     c = b + 2 * len(compiled.linears)
     pairs = list(zip(tensors[b:c:2], tensors[b + 1 : c : 2], strict=True))
-    return list(tensors[:a]), list(tensors[a:b]), pairs, list(tensors[c:])
+    return Inputs(tensors[:a], tensors[a:b], pairs, tensors[c:])
 
 
 def _slopes(
@@ -236,7 +235,7 @@ class _Products:
     """The matrix products of a pass, step by step, and their weights' gradients for all steps at once."""
 
     def __init__(self, compiled: CompiledPass, weights: Weights, buffers: Sequence[Tensor]) -> None:
-        self.compiled, self.weights = compiled, weights
+        self.compiled = compiled
         self.matrices = [
             w if linear.transposed else w.t() for (w, _), (_, linear, _) in zip(weights, compiled.linears, strict=True)
         ]

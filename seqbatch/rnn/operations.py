@@ -37,8 +37,7 @@ _SAME = {
     "multiply": "mul",
     "negative": "neg",
     "absolute": "abs",
-    "rsub": "rsub",
-    "expit": "sigmoid",
+    "special_expit": "sigmoid",
     "contiguous": "identity",
     "clone": "identity",
     "log_sigmoid": "logsigmoid",
@@ -61,6 +60,12 @@ def name_of(node: fx.Node, module: nn.Module) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def _is_torch_s(node: fx.Node) -> bool:
+    """Whether a name means what torch means by it: a function of the user's own may be called ``relu`` too."""
+    module = getattr(node.target, "__module__", "") or ""
+    return node.op == "call_method" or module.partition(".")[0] in ("torch", "_operator", "builtins")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward, such as computing its weight."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
@@ -75,7 +80,7 @@ def elementwise(node: fx.Node, module: nn.Module) -> Callable[..., int] | None:
         name = _MODULES.get(type(child), "")
         if has_hooks(child) or (isinstance(child, nn.Softplus) and (child.beta, child.threshold) != (1, 20)):
             return None
-    elif node.op not in ("call_function", "call_method"):
+    elif node.op not in ("call_function", "call_method") or not _is_torch_s(node):
         return None
     count, expression = _EXPRESSIONS.get(_SAME.get(name, name), (0, None))
     takes = all(isinstance(operand, fx.Node | int | float) for operand in node.args) and len(node.args) == count
@@ -90,12 +95,9 @@ def columns_of(node: fx.Node, values: dict[fx.Node, Any]) -> Callable[[int, int]
 
     None if the node is no view of columns. The function gives None where the columns come from several sources.
     """
-    module = nn.Module()
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("call_function", "call_method") or not _is_torch_s(node) or not node.args:
         return None
-    name = name_of(node, module)
-    if not node.args:  # by keywords alone
-        return None
+    name = name_of(node, nn.Module())
     if name == "cat" and _last_axis(node, values, 1, "dim"):
         parts = list(node.args[0])  # type: ignore[arg-type]
         return lambda column, width: _in_parts(parts, values, column, width)
@@ -118,7 +120,8 @@ def _begin(node: fx.Node, source: fx.Node, values: dict[fx.Node, Any], name: str
         return None
     if isinstance(value, tuple | list):
         part = node.args[1]
-        cuts = name_of(source, nn.Module()) in ("chunk", "split", "tensor_split") and isinstance(part, int)
+        cuts = _is_torch_s(source) and name_of(source, nn.Module()) in ("chunk", "split", "tensor_split")
+        cuts = cuts and isinstance(part, int)
         if not cuts or not _last_axis(source, values, 2, "dim"):
             return None
         return sum(piece.shape[-1] for piece in value[: part % len(value)])  # type: ignore[operator, index]
@@ -179,7 +182,7 @@ def linear_of(node: fx.Node, module: nn.Module) -> Linear | None:
             return None
         return Linear(node.args[0], f"{node.target}.weight", None if child.bias is None else f"{node.target}.bias")
     name = name_of(node, module)
-    if node.op not in ("call_function", "call_method") or node.kwargs.keys() - {"bias"}:
+    if node.op not in ("call_function", "call_method") or not _is_torch_s(node) or node.kwargs.keys() - {"bias"}:
         return None
     if name == "linear" and all(isinstance(a, fx.Node) for a in node.args[:2]):
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

@@ -1,7 +1,7 @@
 """Recurrent cells that are written as one step, as layers over sequences."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,25 +75,41 @@ class Parallel(nn.Module):
         like = next(self.parameters(), None)
         self._dtype = self._example[0].dtype if like is None else like.dtype
         self._graphs: dict[Key, StepGraph] = {}
-        self._passes: dict[Key, tuple[Pass, ...]] = {}
+        self._passes: dict[tuple[Key, bool], tuple[Pass, ...]] = {}
         self.graph()
-
-    def _key(self, input: Tensor | None) -> Key:
-        modes = tuple(flag for module in self.modules() for flag in (module.training, has_hooks(module)))
-        return (*modes, self._like(self._example[0], input).dtype)
 
     def graph(self, input: Tensor | None = None) -> StepGraph:
         """The traced step; traced anew where it may have changed: in training and evaluation, and by dtype.
 
         Tracing is not for several threads at once (torch.fx): call this first where there are any.
         """
-        key = self._key(input)
-        if key not in self._graphs:
+        return self._traced(self._now(input))
+
+    def passes(self, compile: bool, input: Tensor | None = None) -> tuple[Pass, ...]:
+        """What runs one after the other; see :func:`seqbatch.rnn.passes.schedule`."""
+        return self._scheduled(self._now(input), compile)
+
+    def _now(self, input: Tensor | None) -> "_Now":
+        """What decides which trace holds: looked up in each call, so in one walk over the modules."""
+        flags: list[object] = []
+        like: Tensor | None = None
+        dtypes: set[torch.dtype] = set()
+        for module in self.modules():
+            flags += (module.training, has_hooks(module))
+            for tensor in module._parameters.values():
+                like = tensor if like is None else like
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            dtypes.update(t.dtype for t in tensors if t is not None and t.is_floating_point())
+        like = input if like is None else like
+        return _Now((*flags, self._like(self._example[0], like).dtype), like, dtypes)
+
+    def _traced(self, now: "_Now") -> StepGraph:
+        if now.key not in self._graphs:
             cell = self._cell[0]
             if isinstance(cell, nn.Module):  # what .to() and others have put in the layer's place
                 cell._parameters.update({n: p for n, p in self._parameters.items() if n in cell._parameters})
                 cell._buffers.update({n: b for n, b in self._buffers.items() if n in cell._buffers})
-            example = [part.to(self._like(part, input)) for part in self._example]
+            example = [part.to(self._like(part, now.like)) for part in self._example]
             graph = StepGraph(cell, example, self.training)
             for name, constant in graph.constants.items():
                 own = f"_step_constant{len(self._buffers)}"
@@ -101,22 +117,20 @@ class Parallel(nn.Module):
                 for node in graph.module.graph.nodes:
                     if (node.op, node.target) == ("get_attr", name):
                         node.target = own
-            self._graphs[key] = graph
-        return self._graphs[key]
+            self._graphs[now.key] = graph
+        return self._graphs[now.key]
 
-    def _like(self, part: Tensor, input: Tensor | None = None) -> Tensor:
+    def _scheduled(self, now: "_Now", compile: bool) -> tuple[Pass, ...]:
+        key = (now.key, compile)
+        if key not in self._passes:
+            self._passes[key] = schedule(self._traced(now), compile)
+        return self._passes[key]
+
+    def _like(self, part: Tensor, like: Tensor | None) -> Tensor:
         """Where a part of the example would lie by now, and its dtype, after ``.to()`` and ``.double()``."""
-        like = next(self.parameters(), input)
         if like is None or part.dtype != self._dtype:
             return part if like is None else part.new_empty((), device=like.device)
         return like.detach()
-
-    def passes(self, compile: bool, input: Tensor | None = None) -> tuple[Pass, ...]:
-        """What runs one after the other; see :func:`seqbatch.rnn.passes.schedule`."""
-        graph, key = self.graph(input), (*self._key(input), compile)
-        if key not in self._passes:
-            self._passes[key] = schedule(graph, compile)
-        return self._passes[key]
 
     def explain(self) -> Explanation:
         """What became of each operation of the step: a table, graphviz text, a drawing.
@@ -164,12 +178,13 @@ class Parallel(nn.Module):
             RuntimeError: A shape does not fit.
             ValueError: A dtype does not.
         """
-        state = self._state(input, hx)
+        now = self._now(input if isinstance(input, Tensor) else None)
+        state = self._state(input, hx, now.like)
         check_flags(input.flatten(2) if input.dim() > 2 else input[..., None], reset, mask, None)
         input = _blank(input, mask)
-        graph = self.graph(input)
+        graph = self._traced(now)
         run = Run(self, graph, input, state, reset, mask)
-        for one in self.passes(self._compiles(input, state), input):
+        for one in self._scheduled(now, self._compiles(input, state, now.dtypes)):
             run.one(one)
         output = run.rows(graph.y)
         output = _blank(output.view(*input.shape[:2], *output.shape[1:]), mask)
@@ -177,22 +192,22 @@ class Parallel(nn.Module):
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
 
-    def _state(self, input: Tensor, hx: State | None) -> State:
+    def _state(self, input: Tensor, hx: State | None, like: Tensor | None) -> State:
         x, *states = self._example
         if not isinstance(input, Tensor) or input.dim() != x.dim() + 1 or input.shape[2:] != x.shape[1:]:
             got = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
             sizes = ", ".join(["T", "B", *map(str, x.shape[1:])])
             raise RuntimeError(f"input must have shape ({sizes}), as the example's x has {tuple(x.shape)}, got {got}")
-        dtype, autocast = self._like(x, input).dtype, torch.is_autocast_enabled(input.device.type)
+        dtype, autocast = self._like(x, like).dtype, torch.is_autocast_enabled(input.device.type)
         if input.dtype != dtype and not autocast:
             raise ValueError(f"input must have dtype {dtype}, got {input.dtype}; convert it: input.to({dtype})")
         if not len(input):
             raise RuntimeError("expected at least one time step, got an input of 0 steps")
         if hx is None:
-            return tuple(self._like(s, input).new_zeros(input.shape[1], *s.shape[1:]) for s in states)
+            return tuple(self._like(s, like).new_zeros(input.shape[1], *s.shape[1:]) for s in states)
         if not isinstance(hx, tuple | list) or not all(isinstance(part, Tensor) for part in hx):
             raise TypeError(f"hx must be a tuple of {len(states)} tensors, got {type(hx).__name__}")
-        shapes, dtypes = [(input.shape[1], *s.shape[1:]) for s in states], [self._like(s, input).dtype for s in states]
+        shapes, dtypes = [(input.shape[1], *s.shape[1:]) for s in states], [self._like(s, like).dtype for s in states]
         if len(hx) != len(shapes):
             raise RuntimeError(f"hx must be {len(shapes)} states of the shapes {shapes}, got {len(hx)}")
         for part, shape, dtype in zip(hx, shapes, dtypes, strict=True):
@@ -206,13 +221,19 @@ class Parallel(nn.Module):
         """Without the graphs, which are traced again when they are needed."""
         return self.__dict__ | {"_graphs": {}, "_passes": {}}
 
-    def _compiles(self, input: Tensor, state: State) -> bool:
+    def _compiles(self, input: Tensor, state: State, dtypes: set[torch.dtype]) -> bool:
         """Whether element-wise programs can run: they know one dtype at a time, on CPU."""
-        kind, dtype = input.device.type, input.dtype
-        if kind != "cpu" or dtype not in (torch.float32, torch.float64):
+        if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
             return False
-        tensors = [*state, *self.parameters(), *(b for b in self.buffers() if b.is_floating_point())]
-        return not torch.is_autocast_enabled("cpu") and all(t.dtype == dtype for t in tensors)
+        return not torch.is_autocast_enabled("cpu") and {input.dtype} == dtypes.union(part.dtype for part in state)
+
+
+class _Now(NamedTuple):
+    """What a layer is at a call: which trace holds, a tensor of its dtype and device, the dtypes of its tensors."""
+
+    key: Key
+    like: Tensor | None
+    dtypes: set[torch.dtype]
 
 
 def _blank(rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from seqbatch.rnn.affine import affine_of
 from seqbatch.rnn.compiled_pass import CompiledPass
-from seqbatch.rnn.compiled_run import refuse_second_derivative, run_pass
+from seqbatch.rnn.compiled_run import Inputs, refuse_second_derivative, run_pass
 from seqbatch.rnn.graph import StepGraph
 from seqbatch.rnn.operations import linear_of
 from seqbatch.rnn.passes import Pass
@@ -77,22 +77,18 @@ class Run:
 
     def _programs(self, compiled: CompiledPass) -> None:
         """All steps without the interpreter, or with little of it."""
-        vectors = [self.rows(v.node).reshape(-1).expand(v.width) for v in compiled.vectors]
-        weights = [
-            (self._weight(linear.weight), None if linear.bias is None else self._weight(linear.bias))
-            for _, linear, _ in compiled.linears
-        ]
+        linears = [(compiled.widths[compiled.places[node]], linear) for node, linear, _ in compiled.linears]
         numbers = [self.graph.states.index(s) for s in compiled.states]
-        exports, finals = run_pass(
-            compiled,
+        inputs = Inputs(
             [self.rows(node) for node in compiled.outer],
-            vectors,
-            weights,
+            [self.rows(v.node).reshape(-1).expand(v.width) for v in compiled.vectors],
+            [
+                (self._weight(linear.weight), None if linear.bias is None else self._weight(linear.bias).expand(width))
+                for width, linear in linears
+            ],
             [self.initial[k] for k in numbers],
-            (self.steps, self.lanes),
-            self.reset,
-            self.mask,
         )
+        exports, finals = run_pass(compiled, inputs, (self.steps, self.lanes), self.reset, self.mask)
         self.values |= dict(zip(compiled.exports, exports, strict=True))
         self.final |= dict(zip(numbers, finals, strict=True))
 

@@ -143,7 +143,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, buffer in module.named_buffers():
-            buffer.copy_(before[name])
+            if not torch.equal(buffer, before[name]):  # what is not written keeps its version
+                buffer.copy_(before[name])
 
 
 def run_node(module: nn.Module, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
