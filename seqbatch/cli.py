@@ -1,4 +1,4 @@
-"""The ``seqbatch`` command: ``stats``, ``simulate``, ``compare``, ``plan`` and ``explain``.
+"""The ``seqbatch`` command: ``stats``, ``simulate``, ``compare``, ``plan``, ``explain`` and ``simulate-pipeline``.
 
 Data go to standard output, progress and notes to standard error. Exit status 0: done; 1: the run
 failed, such as for a bad line in a file; 2: the command was not understood. Whatever takes time to
@@ -15,6 +15,7 @@ import click
 from seqbatch import __version__
 from seqbatch.cli_compare import compare
 from seqbatch.cli_explain import explain
+from seqbatch.cli_pipeline import simulate_pipeline
 from seqbatch.command_line import (
     check_plot,
     failing_readably,
@@ -47,6 +48,7 @@ def main() -> None:
 
 main.add_command(compare)
 main.add_command(explain)
+main.add_command(simulate_pipeline)
 
 
 @main.command()
