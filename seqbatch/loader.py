@@ -89,7 +89,8 @@ class PlanLoader(DataLoader[Any]):
             after: That batch. It knows its own place, so whatever reads ahead does no harm. Without it: after the
                 last batch that this loader itself has handed out, whatever its workers have read.
             lanes: For a plan that carries state: the recurrent state after the batch, of all lanes
-                (:func:`seqbatch.gather_lanes` where there are several ranks).
+                (:func:`seqbatch.gather_lanes` where there are several ranks); ``()`` where it is kept elsewhere, as
+                by :meth:`seqbatch.pipeline.LayerPipeline.save`.
 
         Returns:
             Under 1 KB, and the lanes. Equal on all ranks.

@@ -28,7 +28,8 @@ def find_ranks(rank: int | None, num_replicas: int | None, mesh: Any = None) -> 
     Args:
         rank: Given together with `num_replicas`, or not at all.
         num_replicas: As `rank`.
-        mesh: A ``DeviceMesh`` of one dimension, or with a dimension named ``"dp"``.
+        mesh: A ``DeviceMesh`` of one dimension, or with a dimension named ``"dp"``; one named ``"pp"`` alone is one
+            replica.
 
     Without any: the default process group where it is initialised, else a single process.
 
@@ -48,6 +49,8 @@ def find_ranks(rank: int | None, num_replicas: int | None, mesh: Any = None) -> 
                     "data-parallel one, mesh['name'], since the ranks of the others must see the same batches"
                 )
             mesh = mesh["dp"]
+        elif mesh.mesh_dim_names == ("pp",):
+            return 0, 1, None  # the stages of one pipeline, which take the same batches
         return mesh.get_local_rank(), mesh.size(), mesh.get_group()
     if rank is not None and num_replicas is not None:
         check_integer("num_replicas", num_replicas, at_least=1)

@@ -14,6 +14,7 @@ MEAN = "float(found['losses'] * found['batch'].loss_scale)"
 LOSSES = {
     "own_loop": MEAN,
     "accelerate_loop": f"{MEAN} / found['accelerator'].num_processes",
+    "pipeline": "float(found['result'].loss)",
     "trainer_loop": "found['trainer'].state.log_history[-2]['loss']",
 }
 
@@ -31,7 +32,14 @@ def test_short(path):
 
 @pytest.mark.parametrize(
     ("name", "launch"),
-    [("own_loop", ()), ("trainer_loop", ()), ("accelerate_loop", ()), ("accelerate_loop", LAUNCH)],
+    [
+        ("own_loop", ()),
+        ("trainer_loop", ()),
+        ("accelerate_loop", ()),
+        ("accelerate_loop", LAUNCH),
+        ("pipeline", ()),
+        ("pipeline", LAUNCH),
+    ],
 )
 def test_learns(tmp_path, name, launch):
     """It runs in a process of its own, or in two, and its last loss is below guessing."""

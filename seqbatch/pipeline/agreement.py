@@ -1,0 +1,99 @@
+"""What all ranks must know before the first of them sends: that all can go on, and that they mean the same batch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Council"]
+
+_BYTES = 4096
+
+
+class Council:
+    """The ranks of a mesh, which exchange a few facts over the CPU.
+
+    Every error that a rank finds by itself is raised on all of them, so that none waits for one that has stopped.
+
+    Args:
+        ranks: Of the default process group, those that take part; all of them must construct this.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = list(ranks)
+        self.group = _group_of(self.ranks) if len(self.ranks) > 1 else None
+
+    def share(self, facts: Mapping[str, Any], error: Exception | None = None) -> list[dict[str, Any]]:
+        """Exchange facts: JSON of a few kilobytes.
+
+        Returns:
+            Those of each rank.
+
+        Raises:
+            Exception: The `error` of this rank, or where another has one, one of its class that says which rank.
+        """
+        if self.group is None:
+            if error is not None:
+                raise error
+            return [dict(facts)]
+        mine = {"error": None if error is None else [type(error).__name__, str(error)[:2000]], **facts}
+        text = json.dumps(mine).encode()
+        if len(text) > _BYTES:
+            raise AssertionError(f"facts of {len(text)} bytes, of {_BYTES} at most")
+        buffer = torch.zeros(_BYTES, dtype=torch.uint8)
+        buffer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found = [torch.empty_like(buffer) for _ in self.ranks]
+        try:
+            dist.all_gather(found, buffer, group=self.group)
+        except RuntimeError as failure:
+            raise error or RuntimeError(
+                f"a rank of the pipeline is gone: {failure}; restart from the last checkpoint"
+            ) from failure
+        everyone = [json.loads(bytes(row.numpy()).rstrip(b"\0")) for row in found]
+        if error is not None:
+            raise error
+        for rank, other in zip(self.ranks, everyone, strict=True):
+            if other["error"] is not None:
+                kind, message = other["error"]
+                raise _KINDS.get(kind, RuntimeError)(f"rank {rank} stopped: {message}")
+        return everyone
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each rank has, of any size."""
+        if self.group is None:
+            return [mine]
+        everyone: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def same(
+        self, facts: Mapping[str, Any], notes: Mapping[str, Any], error: Exception | None = None
+    ) -> list[dict[str, Any]]:
+        """As `share`; raises where ranks with the same ``facts["replica"]`` differ in any, `notes` aside."""
+        everyone = self.share({**facts, **notes}, error)
+        first: dict[Any, tuple[int, dict[str, Any]]] = {}
+        for rank, other in zip(self.ranks, everyone, strict=True):
+            head, expected = first.setdefault(other["replica"], (rank, other))
+            different = [f"{key}={other[key]!r} ({expected[key]!r})" for key in facts if other[key] != expected[key]]
+            if different:
+                raise ValueError(
+                    f"the ranks of a pipeline were given different batches: rank {rank} (rank {head}) has "
+                    f"{', '.join(different)}; all stages take the same batch: make_loader(..., mesh=pipe.mesh) reads "
+                    "by "
+                    "mesh['dp'], not by rank"
+                )
+        return everyone
+
+
+def _group_of(ranks: Sequence[int]) -> Any:
+    """A group that talks over the CPU: the default one where it can."""
+    everyone = len(ranks) == dist.get_world_size()
+    if everyone and dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    # by local synchronization only where the others do not take part: it needs as many groups on all ranks
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=not everyone)
+
+
+_KINDS = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, FileNotFoundError)}

@@ -1,0 +1,171 @@
+"""One batch as it is given to a pipeline: checked, and put into words that ranks compare."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from seqbatch.batch import SequenceBatch
+from seqbatch.pipeline.parts import Mode
+from seqbatch.pipeline.units import unit_shape
+
+__all__ = ["Call", "Carried", "Settings", "read_call"]
+
+
+class Settings(NamedTuple):
+    """How a pipeline cuts batches, and what divides its losses."""
+
+    mode: Mode
+    chunk_size: int | None
+    num_microbatches: int | None
+    replicas: int
+
+
+@dataclass
+class Carried:
+    """What a batch leaves for the next one.
+
+    Attributes:
+        states: For each layer of this rank, one state, or one for each micro-batch.
+        units: Count and lanes of the units that left them; None: nothing is carried.
+        cleared: (B,) bool, lanes to be cleared before the next batch.
+    """
+
+    states: dict[str, list[Any]] = field(default_factory=dict)
+    units: tuple[int, int] | None = None
+    cleared: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch that fits.
+
+    Attributes:
+        batch: Time-major, with reset and mask.
+        targets: (T, B, ...).
+        fresh: Whether all states are 0 before it.
+        scale: What the sum of its losses is multiplied by.
+        shape: (count, steps, lanes) of its units.
+        facts: What all ranks of a replica must have alike.
+    """
+
+    batch: SequenceBatch
+    targets: Tensor
+    fresh: bool
+    scale: float
+    shape: tuple[int, int, int]
+    facts: dict[str, Any]
+
+
+def read_call(
+    batch: SequenceBatch,
+    targets: Tensor | None,
+    carry: bool | None,
+    loss_tokens: int | None,
+    carried: Carried,
+    settings: Settings,
+    digest: bool,
+) -> Call:
+    """Check a batch; see :meth:`LayerPipeline.step` for what it must be.
+
+    Raises:
+        TypeError: It is no SequenceBatch, or its data are no tensor.
+        ValueError: It has no targets, or sizes or counts do not fit.
+    """
+    if not isinstance(batch, SequenceBatch):
+        raise TypeError(
+            "batch must be a SequenceBatch, as loaders and collate functions of seqbatch give, got "
+            f"{type(batch).__name__}"
+        )
+    if targets is None and batch.layout != "time_major":
+        batch = batch.to_layout("time_major")
+    if batch.layout != "time_major":
+        raise ValueError(f"targets of one's own go with layout='time_major', got {batch.layout!r}")
+    if not isinstance(batch.data, Tensor):
+        raise TypeError(
+            f"the data of a pipelined batch must be one tensor, got {type(batch.data).__name__}: only tensors are cut "
+            "and sent"
+        )
+    targets = batch.targets if targets is None else targets
+    if targets is None:
+        raise ValueError("the batch has no targets: make the loader with next_token=True, or pass targets, (T, B, ...)")
+    grid = batch.placement.steps, batch.placement.lanes
+    batch = _with_flags(batch, carried.cleared)
+    counted = _check_counts(batch, targets, grid, loss_tokens, settings.replicas)
+    shape = unit_shape(settings.mode, grid, settings.chunk_size, settings.num_microbatches)
+    carry = batch.placement.carry if carry is None else carry
+    fresh = not carry or carried.units is None or bool(cast(Tensor, batch.reset)[0].all())
+    if not fresh and carried.units != (shape[0] if settings.mode == "microbatch" else 1, shape[2]):
+        raise ValueError(
+            f"the carried states are of {carried.units[1] if carried.units else 0} lanes a unit, the batch has "
+            f"{shape[2]}: call reset_state() where the lanes change, or pass carry=False"
+        )
+    facts = {
+        "data": [*grid, *batch.data.shape[2:]],
+        "dtype": str(batch.data.dtype),
+        "units": list(shape),
+        "carry": not fresh,
+        "tokens": int(batch.loss_mask.sum()),
+        "pieces": _digest(batch) if digest else "",
+    }
+    return Call(batch, targets, fresh, settings.replicas / max(counted, 1), shape, facts)
+
+
+def _with_flags(batch: SequenceBatch, cleared: Tensor | None) -> SequenceBatch:
+    """The batch with flags on the CPU, lanes that are to be cleared included."""
+    shape = batch.loss_mask.shape
+    reset = torch.zeros(shape, dtype=torch.bool) if batch.reset is None else batch.reset.cpu()
+    mask = torch.ones(shape, dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
+    if cleared is not None:
+        if len(cleared) != shape[1]:
+            raise ValueError(f"reset_state(lanes) was given {len(cleared)} lanes, the batch has {shape[1]}")
+        reset = torch.cat([reset[:1] | cleared, reset[1:]])
+    return replace(batch, reset=reset, mask=mask, loss_mask=batch.loss_mask.cpu())
+
+
+def _check_counts(
+    batch: SequenceBatch, targets: Tensor, grid: tuple[int, int], loss_tokens: int | None, replicas: int
+) -> int:
+    """What the sum of the losses is divided by."""
+    for name, part in {
+        "data": batch.data,
+        "reset": batch.reset,
+        "mask": batch.mask,
+        "loss_mask": batch.loss_mask,
+        "targets": targets,
+    }.items():
+        if part.shape[:2] != grid:
+            raise ValueError(
+                f"{name} must have the batch's {grid[0]} steps and {grid[1]} lanes, got shape {tuple(part.shape)}"
+            )
+    if not grid[0] or not grid[1]:
+        raise ValueError(f"a batch must have steps and lanes, got {grid[0]} by {grid[1]}")
+    if loss_tokens is not None:
+        return loss_tokens
+    placement, true = batch.placement, int(batch.loss_mask.sum())
+    if true != placement.loss_tokens:
+        raise ValueError(
+            f"loss_mask has {true} tokens, the plan counts {placement.loss_tokens}: pass loss_tokens=, the tokens of "
+            "the step over all "
+            "replicas (seqbatch.global_loss_tokens counts them)"
+        )
+    if placement.num_replicas != replicas:
+        raise ValueError(
+            f"the batch is shared among {placement.num_replicas} replicas, the pipeline has {replicas}: "
+            "make_loader(..., mesh=mesh), or "
+            "pass loss_tokens=, the tokens of the step over all replicas"
+        )
+    return placement.step_loss_tokens
+
+
+def _digest(batch: SequenceBatch) -> str:
+    """Of which tokens lie where, and of all flags: what differs where ranks read different data."""
+    found = hashlib.blake2b(digest_size=8)
+    place = batch.placement
+    for column in (place.sequence, place.start, place.length, place.step, place.lane):
+        found.update(column.tobytes())
+    for flag in (batch.reset, batch.mask, batch.loss_mask):
+        found.update(cast(Tensor, flag).numpy().tobytes())
+    return found.hexdigest()
