@@ -35,6 +35,8 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.bnlstm --device cpu
 	PYTHONPATH=. $(BIN)/python -m experiments.step_graph.run
 	PYTHONPATH=. $(BIN)/python -m experiments.step_graph.plot
+	PYTHONPATH=. $(BIN)/torchrun --standalone --nproc-per-node 2 -m experiments.pipeline_lm.speed
+	PYTHONPATH=. $(BIN)/python -m experiments.pipeline_lm.plot
 	PYTHONPATH=. $(BIN)/python -m experiments.loader_speed.run
 	PYTHONPATH=. $(BIN)/python -m experiments.prediction.run
 	PYTHONPATH=. $(BIN)/python -m experiments.lm_strategies.speed
