@@ -53,7 +53,7 @@ def suite(*names: str) -> Callable[[Callable[[Path], None]], Callable[[Path], No
 
 
 @contextmanager
-def raises(kind: type[Exception], match: str, limit: int = LIMIT) -> Iterator[None]:
+def raises(kind: type[Exception] | tuple[type[Exception], ...], match: str, limit: int = LIMIT) -> Iterator[None]:
     """On this rank, within seconds."""
     signal.alarm(limit)
     with pytest.raises(kind, match=match):
@@ -360,8 +360,8 @@ def batches_that_do_not_fit(folder: Path) -> None:
     pipe = Network(nn.GRU).pipeline(chunk_size=2)
     good = padded([5, 3, 4])
     for other, kind, message in (
-        (padded([5, 4, 3]), ValueError, r"different batches: rank \d.*pieces="),
-        (padded([6, 3, 4]), ValueError, "different batches.*data="),
+        (padded([5, 4, 3]), ValueError, r"different things: rank \d.*content="),
+        (padded([6, 3, 4]), ValueError, "different things.*grid="),
         (dataclasses.replace(good, data=good.data.int()), ValueError, "dtype='torch.int32'"),
         (good.data, TypeError, "SequenceBatch"),
         (seqbatch.PadCollate()([torch.arange(n) for n in (5, 3, 4)]), ValueError, "no targets"),
@@ -404,6 +404,158 @@ def another_order_of_a_future_torch(folder: Path) -> None:
 
 
 @suite("two", "four")
+def other_content_and_counts(folder: Path) -> None:
+    """Tokens, targets, divisors and settings that differ between ranks, or that a later batch has otherwise."""
+    last = rank() == dist.get_world_size() - 1
+    pipe = Network(nn.GRU).pipeline(chunk_size=2)
+    good, other = padded([5, 3, 4]), padded([5, 3, 4], seed=1)
+    pipe.step(good)
+    with raises(ValueError, "different things.*content="):
+        pipe.step(other if last else good)
+    with raises(ValueError, "different things.*scale="):
+        pipe.step(good, loss_tokens=7 if last else 8)
+    with raises(ValueError, "loss_tokens"):
+        pipe.step(good, loss_tokens=0)
+    with raises(TypeError, "targets must be a tensor"):
+        pipe.step(good, good.targets.tolist() if last else None)
+    with raises((RuntimeError, IndexError), "expected|Expected|scalar type"):
+        pipe.step(good, good.targets.double())
+    with raises(ValueError, "漢{500}"):
+        raise_on_last(pipe)
+    with raises(ValueError, "different things.*units="):
+        Network(nn.GRU).pipeline(chunk_size=3 if last else 2)
+    with raises(ValueError, "different things.*parts="):
+        Network(nn.GRU, width=6 if last else 5).pipeline(chunk_size=2)
+    with raises(ValueError, "put them into head"):
+        Network(nn.GRU).pipeline(loss=nn.Linear(2, 2))
+    with raises(ValueError, "bool"):
+        pipe.reset_state(torch.tensor([1, 0, 1]))
+    network = Network(nn.GRU)
+    pipe = network.pipeline(chunk_size=2, tied=[("embed.weight", "head.weight")])
+    pipe.step(good)
+    before = {name: p.grad.clone() for name, p in pipe.named_parameters()}
+    with raises(ValueError, "different things"):
+        pipe.step(other if last else good)
+    for name, parameter in pipe.named_parameters():  # what is refused leaves what was accumulated
+        assert torch.equal(parameter.grad, before[name])
+    bidirectional = Network(lambda n, m: nn.GRU(n, m, bidirectional=True), layers=1).layers["0"]
+    network = Network(nn.GRU, layers=1 + dist.get_world_size())
+    pipe = LayerPipeline(
+        [*network.layers.values(), bidirectional], embed=network.embed, loss=lambda y, _: y.sum(1), mode="microbatch",
+        num_microbatches=2,
+    )  # fmt: skip
+    batches = spliced([9, 9, 9, 9], 4, 4)
+    pipe.step(batches[0])
+    with raises(ValueError, "bidirectional layers cannot go on"):
+        pipe.step(batches[1])
+
+
+def raise_on_last(pipe: LayerPipeline) -> None:
+    """An error whose text is too long for a message."""
+    error = ValueError("漢" * 4000) if rank() == dist.get_world_size() - 1 else None
+    pipe._runner.council.share({}, error)
+
+
+@suite("two", "four")
+def another_dtype(folder: Path) -> None:
+    """What goes over the wire follows the layers."""
+    network = Network(nn.GRU, dtype=F32)
+    pipe = network.pipeline(chunk_size=3)
+    assert_same_step(network, pipe, padded([5, 4]))
+    network.double(), pipe.double()
+    network.zero_grad(), pipe.zero_grad()
+    assert_same_step(network, pipe, padded([5, 4]))
+
+
+@suite("two", "four")
+def clipping_beside_a_frozen_stage(folder: Path) -> None:
+    network = Network(nn.GRU)
+    network.head.requires_grad_(False)
+    network.layers[str(len(network.layers) - 1)].requires_grad_(False)
+    pipe = network.pipeline(chunk_size=3)
+    batch = padded([5, 4])
+    (network(batch)[0] * batch.loss_scale).backward()
+    pipe.step(batch)
+    expected = torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+    assert abs(float(pipe.clip_grad_norm_(0.1)) - float(expected)) < 1e-12
+
+
+@suite("two", "four")
+def lanes_that_are_cleared(folder: Path) -> None:
+    """As if they had had a reset; once, and over a checkpoint."""
+    network = Network(nn.GRU)
+    pipe = network.pipeline(chunk_size=2)
+    batches = spliced([9, 9, 9, 9], 2, 4)
+    states = assert_same_step(network, pipe, batches[0])
+    done = torch.tensor([True, False])
+    pipe.reset_state(done)
+    pipe.save(folder / "cleared")
+    again = network.pipeline(chunk_size=2)
+    again.load(folder / "cleared")
+    reset = batches[1].reset.clone()
+    reset[0] |= done
+    loss, after = network(dataclasses.replace(batches[1], reset=reset), states)
+    for one in (pipe, again):
+        assert abs(float(one.step(batches[1]).loss * batches[1].loss_tokens - loss.detach())) < 1e-11
+    network.zero_grad(), pipe.zero_grad()
+    assert_same_step(network, pipe, batches[2], after)
+
+
+@suite("two", "four")
+def simulated_and_tuned(folder: Path) -> None:
+    """Nothing of the training changes; the same answer on all ranks."""
+    network = Network(nn.GRU)
+    for settings in (
+        {"chunk_size": 3},
+        {"mode": "truncated", "chunk_size": 3},
+        {"mode": "microbatch", "num_microbatches": 2},
+    ):
+        pipe = network.pipeline(**settings)
+        batch = padded([9, 4, 6])
+        pipe.step(batch)
+        before = {name: p.grad.clone() for name, p in pipe.named_parameters()}
+        drawn = torch.get_rng_state()
+        line = pipe.simulate(batch, repeats=1)
+        found = pipe.tune(batch, chunks=(1, 2), repeats=1)
+        assert line.makespan > 0 and line.timetable.ranks == dist.get_world_size()
+        assert sum(found.split) == 4 and found.chunks in (1, 2)
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (line.makespan, found))
+        assert all(other == everyone[0] for other in everyone)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        for name, parameter in pipe.named_parameters():
+            assert torch.equal(parameter.grad, before[name])
+    network.pipeline(chunk_size=2).tune(padded([2]), repeats=1)
+    with raises(ValueError, "no token that carries loss"):
+        network.pipeline(chunk_size=2).tune(padded([1, 1]))
+
+
+class Learned(nn.Module):
+    """A layer with a first state that is learned, which only the first time chunk has."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.rnn, self.first = nn.GRU(inputs, hidden), nn.Parameter(torch.randn(1, 1, hidden))
+
+    def forward(self, x, state=None, *, reset=None, mask=None):
+        return self.rnn(x, self.first.expand(-1, x.shape[1], -1).contiguous() if state is None else state)
+
+
+@suite("four")
+def replicas_of_what_only_the_first_chunk_has(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    for mode, cut in (("truncated", 3), ("full", 3)):
+        network = Network(Learned, seed=0)
+        pipe = Network(Learned, seed=rank() // 2 * 7).pipeline(mesh=mesh, mode=mode, chunk_size=cut)  # replica 0's hold
+        batches = [padded([6, 6], seed) for seed in range(2)]
+        tokens = sum(batch.loss_tokens for batch in batches)
+        every = 3 if mode == "truncated" else None
+        (sum(network(batch, cut=every)[0] for batch in batches) / tokens).backward()
+        pipe.step(batches[rank() // 2], loss_tokens=tokens)
+        assert_same_gradients(network, pipe)
+
+
+@suite("two", "four")
 def checkpoints(folder: Path) -> None:
     """Go on equal to what was not interrupted; what is not whole, or of another network, is refused on all ranks."""
     network, pipe, optimizers = trained()
@@ -424,6 +576,13 @@ def checkpoints(folder: Path) -> None:
         Network(nn.GRU, width=7).pipeline(chunk_size=3).load(path)
     with raises(ValueError, "not of this pipeline's stages"):
         again.save(path, torch.optim.SGD(Network().parameters(), lr=0.1))
+    with raises(ValueError, "not of this pipeline's stages"):
+        again.load(path, torch.optim.SGD(Network().parameters(), lr=0.1))
+    with raises((AttributeError, RuntimeError), "pickle"):
+        again.save(path, fn=lambda: 0)
+    (folder / "file").touch()
+    with raises(ValueError, "is a file"):
+        again.save(folder / "file")
     pipe.save(folder / "bare")
     with raises(ValueError, "no optimizer's state"):
         again.load(folder / "bare", optimizer)

@@ -67,13 +67,13 @@ def run(world: int, suite: str, folder: Path) -> list[str]:
 
 def test_two_ranks(tmp_path):
     """All cases; see pipeline_ranks.py."""
-    assert len(run(2, "two", tmp_path)) == 16
+    assert len(run(2, "two", tmp_path)) == 21
 
 
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
     """The same over four stages, and two pipelines of two stages beside each other."""
-    assert len(run(4, "four", tmp_path)) == 13
+    assert len(run(4, "four", tmp_path)) == 19
 
 
 @pytest.mark.slow

@@ -32,16 +32,14 @@ class Council:
             Those of each rank.
 
         Raises:
-            Exception: The `error` of this rank, or where another has one, one of its class that says which rank.
+            Exception: The `error` of this rank; where another has one, TypeError, ValueError, FileNotFoundError as
+                there, else RuntimeError, which says which rank.
         """
         if self.group is None:
             if error is not None:
                 raise error
             return [dict(facts)]
-        mine = {"error": None if error is None else [type(error).__name__, str(error)[:2000]], **facts}
-        text = json.dumps(mine).encode()
-        if len(text) > _BYTES:
-            raise AssertionError(f"facts of {len(text)} bytes, of {_BYTES} at most")
+        text = _encoded(facts, error)
         buffer = torch.zeros(_BYTES, dtype=torch.uint8)
         buffer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         found = [torch.empty_like(buffer) for _ in self.ranks]
@@ -77,12 +75,14 @@ class Council:
         for rank, other in zip(self.ranks, everyone, strict=True):
             head, expected = first.setdefault(other["replica"], (rank, other))
             different = [f"{key}={other[key]!r} ({expected[key]!r})" for key in facts if other[key] != expected[key]]
+            for key in (key for key in facts if key in _EVERYWHERE and not different):
+                head, expected = self.ranks[0], everyone[0]
+                different = [f"{key}={other[key]!r} ({expected[key]!r})"] if other[key] != expected[key] else []
             if different:
                 raise ValueError(
-                    f"the ranks of a pipeline were given different batches: rank {rank} (rank {head}) has "
-                    f"{', '.join(different)}; all stages take the same batch: make_loader(..., mesh=pipe.mesh) reads "
-                    "by "
-                    "mesh['dp'], not by rank"
+                    f"the ranks of a pipeline were given different things: rank {rank} (rank {head}) has "
+                    f"{', '.join(different)}; give all the same layers and settings, and all stages of a replica the "
+                    "same batch: make_loader(..., mesh=pipe.mesh) reads by mesh['dp'], not by rank"
                 )
         return everyone
 
@@ -96,4 +96,16 @@ def _group_of(ranks: Sequence[int]) -> Any:
     return dist.new_group(ranks, backend="gloo", use_local_synchronization=not everyone)
 
 
+def _encoded(facts: Mapping[str, Any], error: Exception | None) -> bytes:
+    """As JSON that fits; of a long error the beginning."""
+    length = _BYTES
+    while True:
+        told = None if error is None else [type(error).__name__, str(error)[:length]]
+        text = json.dumps({"error": told, **facts}, ensure_ascii=False).encode(errors="replace")
+        if len(text) <= _BYTES or length == 0:
+            return text[:_BYTES]
+        length //= 2
+
+
+_EVERYWHERE = ("learning", "training", "step", "autocast", "dtype", "features", "targets")  # the same in all replicas
 _KINDS = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError, FileNotFoundError)}

@@ -1,6 +1,5 @@
 """Checkpoints of a pipeline: written by all ranks into one folder, read by any number of stages."""
 
-import ast
 import os
 import pickle
 import shutil
@@ -50,29 +49,28 @@ class Checkpoint:
         """Write it; see :meth:`LayerPipeline.save`."""
         state: dict[str, Any] = {f"model.{name}": value for name, value in self.module.state_dict().items()}
         state["pipeline.steps"] = steps
-        error = None
+        error: Exception | None = None
         try:
             if optimizer is not None:
                 state |= _flat_optimizer(self.module, optimizer)
+            state |= _flat_carried(carried, self.place.replica)
             if self._first:
+                state["pipeline.extra"] = pickle.dumps(dict(extra))  # as it is: torch would take dicts apart
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.exists() and not self.path.is_dir():
+                    raise ValueError(f"{self.path} is a file, and a checkpoint is a folder: give another path")
         except Exception as failure:  # whatever it is, all ranks must stop
             error = failure
         self.council.share({}, error)
-        state |= _flat_carried(carried, self.place.replica)
-        if self._first:
-            state["pipeline.extra"] = pickle.dumps(dict(extra))  # as it is: torch would take dicts apart
         partial = self.path.with_name(self.path.name + ".partial")
         with _quiet():
             save(state, checkpoint_id=partial, process_group=self.council.group, no_dist=self.council.group is None)
-        if self._first:
-            before = self.path.with_name(self.path.name + ".before")
-            shutil.rmtree(before, ignore_errors=True)
-            if self.path.exists():
-                os.replace(self.path, before)
-            os.replace(partial, self.path)
-            shutil.rmtree(before, ignore_errors=True)
-        self.council.share({})  # whoever comes out of this may rely on the folder
+        try:
+            if self._first:
+                _replace(self.path, partial)
+        except OSError as failure:
+            error = failure
+        self.council.share({}, error)  # whoever comes out of this may rely on the folder
 
     def load(self, optimizer: Optimizer | None, carry: bool) -> tuple[Carried, int, dict[str, Any]]:
         """Read it; see :meth:`LayerPipeline.load`."""
@@ -115,22 +113,37 @@ class Checkpoint:
         if optimizer is not None:
             if not any(key.startswith("optimizer.") for key in metadata):
                 raise ValueError(f"checkpoint {self.path} has no optimizer's state: save(path, optimizer) writes it")
+            _flat_optimizer(self.module, optimizer)  # refuses parameters of others
+            settings = [group.get(name) for group in optimizer.param_groups for name in ("fused", "capturable")]
             parameters = dict(self.module.named_parameters())
             for key, entry in metadata.items():
                 kind, _, name = key.rpartition(".")[0].removeprefix("optimizer.").partition(".")
                 if key.startswith("optimizer.") and kind in ("state", "group") and name in parameters:
-                    state[key] = _empty(entry, parameters[name].device)
+                    state[key] = _empty(entry, parameters[name].device, counts_too=any(settings))
         wrote = {key.split(".")[1] for key in metadata if key.startswith("carried.")} if carry else set()
         if wrote and len(wrote) != self.place.replicas:
             raise ValueError(
                 f"the states that checkpoint {self.path} carries are of {len(wrote)} replicas, each with lanes of its "
                 f"own, and there are {self.place.replicas} now: load(path, carry=False) starts all lanes from 0"
             )
-        layers = {"units", *(n for n, _ in self.module.get_submodule("layers").named_children())} if carry else set()
+        layers = (
+            {"units", "cleared", *(n for n, _ in self.module.get_submodule("layers").named_children())}
+            if carry
+            else set()
+        )
         for key, entry in metadata.items():
             if key.startswith(f"carried.{self.place.replica}.") and key.split(".")[2] in layers:
                 state[key] = _empty(entry, self.place.device)
         return state | {"pipeline.steps": None, "pipeline.extra": None}
+
+
+def _replace(path: Path, new: Path) -> None:
+    before = path.with_name(path.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        os.replace(path, before)
+    os.replace(new, path)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -138,7 +151,12 @@ def _checked(path: Path) -> dict[str, Any]:
     if not (path / _METADATA).is_file():
         there = "has no .metadata, which is written last" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"checkpoint {path} {there}: take one that was finished")
-    metadata = FileSystemReader(path).read_metadata()
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except Exception as failure:  # whatever a pickle that was cut raises
+        raise FileNotFoundError(
+            f"checkpoint {path} is incomplete: {_METADATA} cannot be read: take an older one"
+        ) from failure
     needed: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
@@ -150,12 +168,12 @@ def _checked(path: Path) -> dict[str, Any]:
     return dict(metadata.state_dict_metadata)
 
 
-def _empty(entry: Any, device: torch.device) -> Tensor | None:
-    """A tensor like a stored one; None for what is no tensor."""
+def _empty(entry: Any, device: torch.device, counts_too: bool = False) -> Tensor | None:
+    """A tensor like a stored one; None for what is no tensor. Most optimizers keep counts of steps on the CPU."""
     size = getattr(entry, "size", None)
     if size is None:
         return None
-    return torch.empty(size, dtype=entry.properties.dtype, device=device if size else "cpu")  # counts stay on the CPU
+    return torch.empty(size, dtype=entry.properties.dtype, device=device if size or counts_too else "cpu")
 
 
 def _flat_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -200,13 +218,15 @@ def _set_optimizer(module: nn.Module, optimizer: Optimizer, flat: Mapping[str, A
 
 def _flat_carried(carried: Carried, replica: int) -> dict[str, Any]:
     """Carried states by replica, layer and micro-batch: their tensors, and their form with numbers in their places."""
-    flat: dict[str, Any] = {} if carried.units is None else {f"carried.{replica}.units": repr(carried.units)}
+    flat: dict[str, Any] = {} if carried.units is None else {f"carried.{replica}.units": pickle.dumps(carried.units)}
     for layer, states in carried.states.items():
         for slot, state in enumerate(states):
             prefix = f"carried.{replica}.{layer.removeprefix('layers.')}.{slot}"
             flat |= {f"{prefix}.{number}": tensor for number, tensor in enumerate(state_tensors(state))}
             numbers = count()
-            flat[f"{prefix}.form"] = repr(map_tensors(partial(_next, numbers), state))
+            flat[f"{prefix}.form"] = pickle.dumps(map_tensors(partial(_next, numbers), state))
+    if carried.cleared is not None:
+        flat[f"carried.{replica}.cleared"] = carried.cleared
     return flat
 
 
@@ -219,14 +239,18 @@ def _read_carried(flat: Mapping[str, Any], replica: int) -> Carried:
 
     def built(form: Any, prefix: str) -> Any:
         if isinstance(form, tuple | list):
-            return type(form)(built(part, prefix) for part in form)
+            parts = [built(part, prefix) for part in form]
+            return type(form)(*parts) if hasattr(form, "_fields") else type(form)(parts)
         return None if form is None else flat[f"{prefix}.{form}"]
 
-    carried = Carried(units=ast.literal_eval(flat.get(f"carried.{replica}.units", "None")))
+    units = flat.get(f"carried.{replica}.units")
+    carried = Carried(
+        units=None if units is None else pickle.loads(units), cleared=flat.get(f"carried.{replica}.cleared")
+    )
     for key in sorted((k for k in flat if k.startswith("carried.") and k.endswith(".form")), key=_slot):
         prefix = key.removesuffix(".form")
         layer = f"layers.{prefix.split('.')[2]}"
-        carried.states.setdefault(layer, []).append(built(ast.literal_eval(flat[key]), prefix))
+        carried.states.setdefault(layer, []).append(built(pickle.loads(flat[key]), prefix))
     return carried
 
 

@@ -28,8 +28,7 @@ class Engine:
     """The schedules of one rank: made where a shape is new, and the last few kept.
 
     Args:
-        modules: The stages of this rank, in order, as they train: in DDP where there are replicas.
-        bare: The same without DDP, for evaluation.
+        modules: The stages of this rank, in order.
         numbers: Their numbers among all stages.
         stages: How many there are on all ranks.
         group: The ranks of the pipeline.
@@ -41,7 +40,6 @@ class Engine:
     def __init__(
         self,
         modules: Sequence[nn.Module],
-        bare: Sequence[nn.Module],
         numbers: Sequence[int],
         stages: int,
         group: Any,
@@ -49,7 +47,7 @@ class Engine:
         device: torch.device,
         cache: int,
     ) -> None:
-        self.modules, self.bare, self.numbers, self.stages = list(modules), list(bare), list(numbers), stages
+        self.modules, self.numbers, self.stages = list(modules), list(numbers), stages
         self.group, self.mode, self.device, self.cache = group, mode, device, cache
         self._schedules: OrderedDict[Shape, Any] = OrderedDict()
 
@@ -74,12 +72,16 @@ class Engine:
             for x in torch.split(
                 data, shape.steps
             ):  # torch's schedules cannot leave out the backward pass within one rank
-                for module in self.bare:
+                for module in self.modules:
                     x = module(x)
             return
         schedule = self._schedule(shape)
         target = {"target": torch.zeros(shape.units)} if self.last and shape.training else {}
         schedule.step(*inputs, **target, return_outputs=False)
+
+    def forget(self) -> None:
+        """Drop all schedules, and what a step that failed has left in them."""
+        self._schedules.clear()
 
     def _schedule(self, shape: Shape) -> Any:
         if shape in self._schedules:
@@ -102,7 +104,7 @@ class Engine:
                 output_args=_wire(shape, number + 1),
                 group=self.group,
             )
-            for number, module in zip(self.numbers, self.modules if shape.training else self.bare, strict=True)
+            for number, module in zip(self.numbers, self.modules, strict=True)
         ]
         loss = _as_it_is if shape.training else None
         if shape.training and self.alternates(shape.units):

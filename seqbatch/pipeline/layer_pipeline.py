@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from seqbatch.batch import SequenceBatch
-from seqbatch.pipeline.calls import Carried, Settings
+from seqbatch.pipeline.agreement import Council
+from seqbatch.pipeline.calls import Call, Carried, Settings, check_settings
 from seqbatch.pipeline.checkpoint import Checkpoint
-from seqbatch.pipeline.costs import CHUNKS, Tuned
+from seqbatch.pipeline.costs import CHUNKS, PartCost, Tuned
 from seqbatch.pipeline.engine import Engine
-from seqbatch.pipeline.parts import Mode, check_mode, named_parts
+from seqbatch.pipeline.parts import Mode, digest_of, looks_back, named_parts, part_of
 from seqbatch.pipeline.placing import find_place, split_layers
+from seqbatch.pipeline.replicas import average_gradients, spread_parameters
 from seqbatch.pipeline.runner import Runner
 from seqbatch.pipeline.stage import Stage
 from seqbatch.pipeline.ties import Ties, find_ties
 from seqbatch.pipeline.timeline import Timeline
-from seqbatch.pipeline.timing import timed_timeline, tuned
-from seqbatch.strategy import check_integer
+from seqbatch.pipeline.timing import part_costs, timed_timeline, tuned
 
 __all__ = ["LayerPipeline", "Result"]
 
@@ -110,14 +110,30 @@ class LayerPipeline(nn.Module):
         cache: int = 4,
     ) -> None:
         super().__init__()
-        _check_settings(mode, chunk_size, num_microbatches, virtual, seed, cache)
+        check_settings(mode, chunk_size, num_microbatches, virtual, seed, cache)
         if not callable(loss):
             raise TypeError(f"loss must be a function of (output, targets), got {type(loss).__name__}")
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise ValueError("loss has parameters, which no optimizer of the pipeline would train: put them into head")
         parts = named_parts(layers, embed, head, mode)
-        place = find_place(mesh)
+        place = find_place(mesh, any(p.device.type == "cuda" for part in parts.values() for p in part.parameters()))
+        if isinstance(loss, nn.Module):
+            loss = loss.to(place.device)
         stages = len(place.ranks) * virtual
         names = split_layers(parts, stages, split)
         self.split = [sum(name.startswith("layers.") for name in stage) for stage in names]
+        council = Council(place.everyone)
+        council.same(
+            {
+                "replica": 0,  # all ranks were given the same
+                "mode": mode,
+                "units": [chunk_size, num_microbatches, cache, seed],
+                "split": [self.split, virtual],
+                "parts": digest_of(parts),
+                "tied": repr(tied)[:200],
+            },
+            {},
+        )
         ties = find_ties(parts, tied)
         numbers = list(range(place.rank, stages, len(place.ranks)))
         self._register(parts, [name for number in numbers for name in names[number]], place.device)
@@ -131,10 +147,11 @@ class LayerPipeline(nn.Module):
         home = {name: place.ranks[number % len(place.ranks)] for number, stage in enumerate(names) for name in stage}
         holders = [sorted({home[part_of(name)] for name in names}) for names in ties]
         self._ties = Ties(ties, dict(self.named_parameters()), holders, place.group)
-        modules = [_in_ddp(stage, place.replica_group) for stage in own]
-        engine = Engine(modules, own, numbers, stages, place.group, mode, place.device, cache)
-        settings = Settings(mode, chunk_size, num_microbatches, place.replicas)
-        self._runner = Runner(own, engine, place, settings, seed)
+        if place.replica_group is not None:
+            spread_parameters(self, place.replica_group)
+        engine = Engine(own, numbers, stages, place.group, mode, place.device, cache)
+        settings = Settings(mode, chunk_size, num_microbatches, place.replicas, any(map(looks_back, parts.values())))
+        self._runner = Runner(own, engine, place, settings, seed, council)
         self._carried, self._carried_in_evaluation = Carried(), Carried()
         self._steps = 0
 
@@ -182,6 +199,8 @@ class LayerPipeline(nn.Module):
             call, tokens = self._runner.prepare(batch, targets, carry, loss_tokens, self._carried, self._steps)
             before = self._ties.before()
             self._runner.run(call, self._carried, self._steps)
+            if self._runner.place.replica_group is not None:
+                average_gradients(self.parameters(), self._runner.place.replica_group)
             self._ties.after(before)
         self._steps += 1
         return Result(self._runner.loss(tokens), tokens)
@@ -215,12 +234,12 @@ class LayerPipeline(nn.Module):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """As ``torch.nn.utils.clip_grad_norm_``, over the parameters of all stages; returns the total norm.
 
-        Tied parameters count once. All ranks must call it.
+        Tied parameters count once. () float64. All ranks must call it.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         counted = [p.grad for p in parameters if p.grad is not None and p not in self._ties.copies]
         place = self._runner.place
-        total = torch.nn.utils.get_total_norm(counted, norm_type).to(place.device)
+        total = torch.nn.utils.get_total_norm(counted, norm_type).to(place.device, torch.float64)
         if len(place.ranks) > 1:
             if norm_type == float("inf"):
                 dist.all_reduce(total, dist.ReduceOp.MAX, group=place.group)
@@ -237,6 +256,8 @@ class LayerPipeline(nn.Module):
         Args:
             lanes: (B,) bool, true where training's state is to be cleared, such as ``done`` flags; None: all.
         """
+        if lanes is not None and (lanes.dtype != torch.bool or lanes.dim() != 1):
+            raise ValueError(f"lanes must be (B,) bool, true where to clear, got {lanes.dtype} {tuple(lanes.shape)}")
         if lanes is None:
             self._carried, self._carried_in_evaluation = Carried(), Carried()
         else:
@@ -247,24 +268,48 @@ class LayerPipeline(nn.Module):
     def simulate(self, batch: SequenceBatch, targets: Tensor | None = None, *, repeats: int = 3) -> Timeline:
         """When each unit of a step would run, by what units and messages take on the devices at hand.
 
-        Measures all ranks at once; all must call it. Parameters, gradients and states stay as they are.
+        Measures on all ranks at once; all must call it. Parameters, gradients, states and random numbers stay.
 
         Returns:
             Its ``makespan`` predicts the seconds of ``step``, and ``seqbatch.pipeline.gantt.draw`` draws it.
         """
-        call, _ = self._runner.prepare(batch, targets, False, 1, Carried(), self._steps)
-        return timed_timeline(self._runner, call, repeats)
+        return timed_timeline(self._runner, self._measured(batch, targets), repeats)
+
+    def costs(self, batch: SequenceBatch, targets: Tensor | None = None, *, repeats: int = 3) -> dict[str, PartCost]:
+        """What each part of the network takes on its device, which :func:`seqbatch.pipeline.predict` needs.
+
+        All ranks must call it.
+        """
+        return part_costs(self._runner, self._measured(batch, targets), repeats)
 
     def tune(
-        self, batch: SequenceBatch, targets: Tensor | None = None, *, chunks: Sequence[int] = CHUNKS, repeats: int = 3
+        self,
+        batch: SequenceBatch,
+        targets: Tensor | None = None,
+        *,
+        stages: int | None = None,
+        chunks: Sequence[int] = CHUNKS,
+        repeats: int = 3,
     ) -> Tuned:
         """The number of units and the split that are fastest for batches like this one, by costs measured here.
 
         All ranks must call it. The split is for a pipeline to be made anew; units are ``chunk_size=ceil(T / chunks)``
         or ``num_microbatches``.
+
+        Args:
+            batch: As for `step`.
+            targets: As for `step`.
+            stages: Devices of the pipeline to be made, one stage each; None: as many as there are ranks now.
+            chunks: Numbers of units to choose from.
+            repeats: Measurements of each piece.
         """
-        call, _ = self._runner.prepare(batch, targets, False, 1, Carried(), self._steps)
-        return tuned(self._runner, call, repeats, chunks)
+        stages = len(self._runner.place.ranks) if stages is None else stages
+        return tuned(self._runner, self._measured(batch, targets), stages, repeats, chunks)
+
+    def _measured(self, batch: SequenceBatch, targets: Tensor | None) -> Call:
+        self._follow_modes()
+        with torch.enable_grad():
+            return self._runner.prepare(batch, targets, False, 1, Carried(), self._steps)[0]
 
     def save(self, path: str | Path, optimizer: Optimizer | None = None, **extra: Any) -> None:
         """Write parameters, buffers, the optimizer's state, carried states and the number of steps into a folder.
@@ -300,36 +345,3 @@ class LayerPipeline(nn.Module):
 
     def _checkpoint(self, path: str | Path) -> Checkpoint:
         return Checkpoint(Path(path), self, self._runner.council, self._runner.place)
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter's name is of.
-
-    >>> part_of("layers.2.cell.weight"), part_of("head.weight")
-    ('layers.2', 'head')
-    """
-    first, *rest = name.split(".")
-    return f"layers.{rest[0]}" if first == "layers" else first
-
-
-def _check_settings(
-    mode: Mode, chunk_size: int | None, num_microbatches: int | None, virtual: int, seed: int, cache: int
-) -> None:
-    check_mode(mode)
-    if (mode == "microbatch") != (num_microbatches is not None) or (mode == "microbatch" and chunk_size is not None):
-        raise ValueError(
-            "mode='microbatch' takes num_microbatches and no chunk_size, the others chunk_size alone, got "
-            f"mode={mode!r}, chunk_size={chunk_size}, num_microbatches={num_microbatches}"
-        )
-    for name, value in {"chunk_size": chunk_size, "num_microbatches": num_microbatches}.items():
-        if value is not None:
-            check_integer(name, value, at_least=1)
-    check_integer("virtual", virtual, at_least=1)
-    check_integer("seed", seed, at_least=0)
-    check_integer("cache", cache, at_least=1)
-
-
-def _in_ddp(stage: Stage, group: Any) -> nn.Module:
-    if group is None or not any(parameter.requires_grad for parameter in stage.parameters()):
-        return stage
-    return DistributedDataParallel(stage, process_group=group, broadcast_buffers=False)

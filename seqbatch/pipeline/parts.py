@@ -1,7 +1,8 @@
 """What a pipeline is cut from - embedding, layers, head - and how one of them runs on a piece of a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,7 +10,18 @@ from torch import Tensor, nn
 
 from seqbatch.pipeline.stock import run_stock
 
-__all__ = ["Mode", "Spec", "check_mode", "named_parts", "probe", "run_layer", "state_tensors", "takes_cpu_flags"]
+__all__ = [
+    "Mode",
+    "Spec",
+    "check_mode",
+    "looks_back",
+    "named_parts",
+    "probe",
+    "run_layer",
+    "state_tensors",
+    "takes_cpu_flags",
+    "untouched",
+]
 
 Mode = Literal["full", "truncated", "microbatch"]
 _MODES = ("full", "truncated", "microbatch")
@@ -46,13 +58,17 @@ def named_parts(
     return first | parts | ({} if head is None else {"head": head})
 
 
+def looks_back(part: nn.Module) -> bool:
+    """Whether it reads sequences from their end too."""
+    return any(getattr(m, "bidirectional", False) or type(m).__name__ == "Bidirectional" for m in part.modules())
+
+
 def _check_layer(name: str, layer: nn.Module, mode: Mode) -> None:
     if getattr(layer, "batch_first", False):
         raise ValueError(
             f"{name} has batch_first=True: a pipeline hands on time-major (T, B, features) data; set it to False"
         )
-    both = any(getattr(m, "bidirectional", False) or type(m).__name__ == "Bidirectional" for m in layer.modules())
-    if both and mode != "microbatch":
+    if looks_back(layer) and mode != "microbatch":
         raise ValueError(
             f"{name} is bidirectional, which needs whole sequences, and mode={mode!r} cuts them in time: use "
             "mode='microbatch'"
@@ -101,9 +117,10 @@ class Spec(NamedTuple):
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, self.dtype)
 
 
-@torch.no_grad()
 def probe(parts: Mapping[str, nn.Module], x: Tensor, mode: Mode) -> Tensor:
-    """Run two steps through the parts of a stage, which stay as they are, and check what a pipeline asks of a layer.
+    """Run two steps through the parts of a stage, as in training, and check what a pipeline asks of a layer.
+
+    Parameters, buffers, modes and random numbers stay as they are.
 
     Args:
         parts: Embedding and layers, not the head.
@@ -117,7 +134,7 @@ def probe(parts: Mapping[str, nn.Module], x: Tensor, mode: Mode) -> Tensor:
         TypeError: An output is no tensor, or a layer does not return (output, state).
         ValueError: An output's shape or strides do not fit, or a layer looks ahead.
     """
-    with _untouched(parts, x.device):
+    with untouched(parts.values(), x.device):
         for name, part in parts.items():
             if name == "embed":
                 y = part(x)
@@ -136,17 +153,19 @@ def probe(parts: Mapping[str, nn.Module], x: Tensor, mode: Mode) -> Tensor:
 
 
 @contextmanager
-def _untouched(parts: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
+def untouched(parts: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Put buffers, modes and random numbers back."""
-    modules = [module for part in parts.values() for module in part.modules()]
-    buffers = [(buffer, buffer.clone()) for part in parts.values() for buffer in part.buffers()]
+    parts = list(parts)
+    modules = [module for part in parts for module in part.modules()]
+    buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
     modes = [module.training for module in modules]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
             for module, training in zip(modules, modes, strict=True):
                 module.training = training
 
@@ -172,6 +191,8 @@ def _check_output(name: str, x: Tensor, y: Any) -> None:
         raise TypeError(
             f"the output of {name} must be one tensor, got {type(y).__name__}: only tensors go from stage to stage"
         )
+    if not y.is_floating_point():
+        raise TypeError(f"the output of {name} must be floating, to take a gradient, got {y.dtype}")
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"the output of {name} must have the steps and lanes of its input, {tuple(x.shape[:2])}, got shape "
@@ -197,3 +218,19 @@ def _check_causal(name: str, layer: nn.Module, x: Tensor) -> None:
             "looks ahead or "
             "keeps something beside its state, and cannot be cut in time: use mode='microbatch'"
         )
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter's name is of.
+
+    >>> part_of("layers.2.cell.weight"), part_of("head.weight")
+    ('layers.2', 'head')
+    """
+    first, *rest = name.split(".")
+    return f"layers.{rest[0]}" if first == "layers" else first
+
+
+def digest_of(parts: Mapping[str, nn.Module]) -> str:
+    """Of the names and shapes of all parameters, which ranks compare."""
+    shapes = [(n, i, tuple(p.shape), p.requires_grad) for n, part in parts.items() for i, p in part.named_parameters()]
+    return sha256(repr(shapes).encode()).hexdigest()[:16]

@@ -40,10 +40,11 @@ class Place(NamedTuple):
     mesh: DeviceMesh
 
 
-def find_place(mesh: DeviceMesh | None) -> Place:
+def find_place(mesh: DeviceMesh | None, on_cuda: bool) -> Place:
     """Read a mesh with a dimension "pp" and perhaps "dp"; without one, all ranks are one pipeline.
 
-    Processes that torchrun started are connected if they are not yet, by NCCL where there is CUDA, else by gloo.
+    Processes that torchrun started are connected if they are not yet, by NCCL where there is CUDA, else by gloo. A
+    process without others computes where its parameters are: `on_cuda`.
 
     Raises:
         ValueError: The mesh has other dimensions.
@@ -51,7 +52,7 @@ def find_place(mesh: DeviceMesh | None) -> Place:
     if mesh is None:
         if not dist.is_initialized():
             _connect()
-        kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        kind = "cuda" if on_cuda or dist.get_backend() == "nccl" else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("pp",))
     names = mesh.mesh_dim_names or ()
     if "pp" not in names or set(names) - {"pp", "dp"}:
@@ -80,7 +81,8 @@ def find_place(mesh: DeviceMesh | None) -> Place:
 def _connect() -> None:
     if "RANK" not in os.environ:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     elif torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")

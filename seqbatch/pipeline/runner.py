@@ -29,11 +29,20 @@ class Runner:
         place: Where this rank stands.
         settings: How batches are cut.
         seed: Of dropout.
+        council: All ranks.
     """
 
-    def __init__(self, stages: Sequence[Stage], engine: Engine, place: Place, settings: Settings, seed: int) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        engine: Engine,
+        place: Place,
+        settings: Settings,
+        seed: int,
+        council: Council,
+    ) -> None:
         self.stages, self.engine, self.place, self.settings, self.seed = list(stages), engine, place, settings, seed
-        self.council = Council(place.everyone)
+        self.council = council
         self._specs: dict[Any, tuple[Spec, ...]] = {}
         self._broken: str | None = None
         self._all_dtypes = ""
@@ -72,6 +81,7 @@ class Runner:
             error = found
         everyone = self.council.same({"replica": self.place.replica, **facts}, {"dtypes": self._dtypes()}, error)
         self._all_dtypes = str([other["dtypes"] for other in everyone])
+        self.specs(call.batch, call.targets)  # so that layers are refused here
         return call, sum({other["replica"]: other["tokens"] for other in everyone}.values())
 
     def specs(self, batch: SequenceBatch, targets: Tensor) -> tuple[Spec, ...]:
@@ -81,7 +91,8 @@ class Runner:
             TypeError, ValueError: A layer cannot run in a pipeline; on all ranks.
         """
         data = batch.data
-        key = Spec.of(data), _autocast(self.place.device), self._all_dtypes  # the same on all ranks
+        kinds = Spec.of(data), Spec.of(targets), _autocast(self.place.device), torch.is_grad_enabled()
+        key = *kinds, self._all_dtypes  # the same on all ranks
         if key in self._specs:
             return self._specs[key]
         specs = [Spec.of(data)]
@@ -89,10 +100,12 @@ class Runner:
             error, found = None, {}
             if number in self.engine.numbers:
                 stage = self.stages[self.engine.numbers.index(number)]
-                x = specs[-1].random(2, min(data.shape[1], 4), self.place.device)
-                if number == 0:
-                    x = data[[0, -1], :4].to(self.place.device)
                 try:
+                    x = specs[-1].random(2, min(data.shape[1], 4), self.place.device)
+                    if number == 0:
+                        x = data[[0, -1], :4].to(self.place.device)
+                    else:
+                        x.requires_grad_(torch.is_grad_enabled())
                     output = probe(
                         {n: p for n, p in zip(stage.names, stage.parts, strict=True) if n != "head"},
                         x,
@@ -124,15 +137,17 @@ class Runner:
             try:
                 self.engine.run(shape, units.data)
             except Exception as failure:
-                self._broken = f"{type(failure).__name__}: {failure}".strip()[:300]
+                self.engine.forget()
                 if self.council.group is None:
                     raise
+                cause = failure.__cause__ or failure  # torch wraps what a layer raises
+                self._broken = f"{type(cause).__name__}: {cause}".strip()[:300]
                 raise RuntimeError(
                     f"rank {dist.get_rank()} stopped in mid-step, as it or a neighbour failed: {self._broken}; start "
                     "again from the last checkpoint"
                 ) from failure
         carried.states = {name: [s[i] for s in after] for stage, after in afters for i, name in enumerate(stage.layers)}
-        carried.units = (call.shape[0] if self.settings.mode == "microbatch" else 1, call.shape[2])
+        carried.units = call.units
         carried.cleared = None
 
     def loss(self, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seqbatch.pipeline.parts import Mode, run_layer, state_tensors, takes_cpu_flags
+from seqbatch.pipeline.parts import Mode, run_layer, state_tensors, takes_cpu_flags, untouched
 from seqbatch.pipeline.units import Piece
 from seqbatch.tensors import detach_state
 
@@ -115,7 +115,7 @@ class Stage(nn.Module):
         if self.loss is not None:
             total = self._losses(x if "head" in self.names else _rows(x, piece), piece)
             x = (total * step.scale).float()  # of a dtype that engines are told; its gradient is 1, whatever the dtype
-        return self._handed(unit, x, after)
+        return self._handed(unit, x.contiguous(), after)  # messages are sent as they lie in memory
 
     def _before(self, unit: int) -> States | None:
         """The states that a unit starts from."""
@@ -166,9 +166,10 @@ class Stage(nn.Module):
     def try_loss(self, x: Tensor, targets: Tensor) -> None:
         """Run head and loss on a few rows of (T, B, ...), so that what they raise is raised before anything is sent."""
         x = x.flatten(0, 1)[: len(targets)]
-        for name, part in zip(self.names, self.parts, strict=True):
-            x = part(x) if name == "head" else x
-        self._each(x, targets)
+        with untouched(self.parts, x.device):
+            for name, part in zip(self.names, self.parts, strict=True):
+                x = part(x) if name == "head" else x
+            self._each(x, targets)
 
     def _each(self, x: Tensor, targets: Tensor) -> Tensor:
         losses, rows = self.loss(x, targets), len(targets)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqbatch.pipeline.calls import Call
 from seqbatch.pipeline.costs import PartCost, Tuned, fit_cost, tune
 from seqbatch.pipeline.links import Link
-from seqbatch.pipeline.parts import Spec, run_layer
+from seqbatch.pipeline.parts import Spec, run_layer, untouched
 from seqbatch.pipeline.runner import Runner
 from seqbatch.pipeline.schedules import schedule
 from seqbatch.pipeline.stage import Stage, Step
@@ -34,19 +34,9 @@ class _Times(NamedTuple):
 
 def timed_timeline(runner: Runner, call: Call, repeats: int) -> Timeline:
     """Time every unit of every stage, and messages between ranks, on all ranks at once; the timeline that follows."""
+    specs, numbers = runner.specs(call.batch, call.targets), runner.engine.numbers
     units = cut(call.batch, call.targets, runner.settings.mode, call.shape, call.fresh, runner.place.device)
-    specs = runner.specs(call.batch, call.targets)
-    numbers = runner.engine.numbers
-    own: dict[int, _Times] = {}
-    for number, stage in zip(numbers, runner.stages, strict=True):
-        x = (
-            units.data
-            if number == 0
-            else specs[number].random(units.count * units.steps, units.lanes, runner.place.device)
-        )
-        with _without_traces(stage):
-            rounds = [_unit_times(stage, x, units, call.scale) for _ in range(repeats + 1)][1:]
-        own[number] = _Times(*([median(r[way][k] for r in rounds) for k in range(units.count)] for way in range(2)))
+    own = _agreed(runner, lambda: _stage_times(runner, units, specs, call.scale, repeats))
     wire = specs[1].empty(units.steps, units.lanes) if len(specs) > 1 else units.data[:0]
     latency, transfer = _hop(runner, wire, repeats)
     everyone = runner.council.gather((runner.place.replica, own, latency, transfer))
@@ -57,6 +47,29 @@ def timed_timeline(runner: Runner, call: Call, repeats: int) -> Timeline:
     table = schedule(name, stages=len(times), chunks=units.count, virtual=len(numbers))
     hops = {"latency": max(rest[1] for rest in mine), "transfer": max(rest[2] for rest in mine)}
     return simulate(table, np.array(forward), np.array(backward), **hops)
+
+
+def _stage_times(runner: Runner, units: Units, specs: Sequence[Spec], scale: float, repeats: int) -> dict[int, _Times]:
+    own: dict[int, _Times] = {}
+    for number, stage in zip(runner.engine.numbers, runner.stages, strict=True):
+        x = units.data
+        if number:
+            x = specs[number].random(units.count * units.steps, units.lanes, runner.place.device)
+        with _without_traces(stage, runner.place.device):
+            rounds = [_unit_times(stage, x, units, scale) for _ in range(repeats + 1)][1:]
+        own[number] = _Times(*([median(r[way][k] for r in rounds) for k in range(units.count)] for way in range(2)))
+    return own
+
+
+def _agreed(runner: Runner, measure: Callable[[], Any]) -> Any:
+    """What is measured, where all ranks could."""
+    found, error = None, None
+    try:
+        found = measure()
+    except Exception as failure:  # whatever a layer raises, all ranks must stop
+        error = failure
+    runner.council.share({}, error)
+    return found
 
 
 def _unit_times(stage: Stage, x: Tensor, units: Units, scale: float) -> _Times:
@@ -89,20 +102,17 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _without_traces(module: nn.Module) -> Iterator[None]:
-    """Put gradients and buffers back."""
+def _without_traces(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put gradients, buffers, modes and random numbers back."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with untouched([module], device):
+            yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _hop(runner: Runner, wire: Tensor, repeats: int) -> tuple[float, float]:
@@ -128,29 +138,34 @@ def _hop(runner: Runner, wire: Tensor, repeats: int) -> tuple[float, float]:
 
 def part_costs(runner: Runner, call: Call, repeats: int) -> dict[str, PartCost]:
     """Costs of every part of the network, from pieces of several sizes on the devices that hold them."""
-    whole = call.batch.placement.steps, call.batch.placement.lanes
-    few = max(whole[1] // 2, 1)
-    grids = sorted(
-        {(max(whole[0] // cut, 1), whole[1]) for cut in (1, 2, 4, 8)}
-        | {(max(whole[0] // cut, 1), few) for cut in (1, 4)}
-    )
+    if not call.batch.loss_mask.any():
+        raise ValueError("the batch has no token that carries loss, and the head is timed with some: take another one")
+    own = _agreed(runner, lambda: _own_costs(runner, call, repeats))
+    found: dict[str, PartCost] = {}
+    for replica, parts in runner.council.gather((runner.place.replica, own)):
+        found |= parts if replica == runner.place.replica else {}
+    return found
+
+
+def _own_costs(runner: Runner, call: Call, repeats: int) -> dict[str, PartCost]:
+    steps, lanes = call.batch.placement.steps, call.batch.placement.lanes
+    long = {max(steps // share, 1) for share in (1, 2, 4, 8)} | {2}
+    wide = {lanes, max(lanes // 2, 1)} | ({2} if lanes == 1 else set())
+    grids = sorted({(n, lanes) for n in long} | {(n, m) for n in (min(long), max(long)) for m in wide})
     specs = runner.specs(call.batch, call.targets)
     own: dict[str, PartCost] = {}
     for number, stage in zip(runner.engine.numbers, runner.stages, strict=True):
         spec = specs[number]
         for name, part in zip(stage.names, stage.parts, strict=True):
             run, last = _runner_of(stage, name, part, call), name == stage.names[-1] and stage.loss is not None
-            with _without_traces(part):
+            with _without_traces(part, stage.device):
                 out = run(spec.random(2, 1, stage.device))
                 rows = [(*grid, *_part_times(run, spec.random(*grid, stage.device), repeats)) for grid in grids]
             size = sum(p.numel() * p.element_size() for p in part.parameters() if p.requires_grad)
             width = 0 if last else out.numel() // 2 * out.element_size()
             own[name] = fit_cost(rows, parameter_bytes=size, output_width_bytes=width)
             spec = spec if last else Spec.of(out)
-    found: dict[str, PartCost] = {}
-    for replica, parts in runner.council.gather((runner.place.replica, own)):
-        found |= parts if replica == runner.place.replica else {}
-    return found
+    return own
 
 
 def _runner_of(stage: Stage, name: str, part: nn.Module, call: Call) -> Callable[[Tensor], Tensor]:
@@ -185,20 +200,22 @@ def _part_times(run: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> tup
     return median(forward[1:]), median(backward[1:])
 
 
-def tuned(runner: Runner, call: Call, repeats: int, chunks: Sequence[int]) -> Tuned:
+def tuned(runner: Runner, call: Call, stages: int, repeats: int, chunks: Sequence[int]) -> Tuned:
     """The number of units and the split that the costs of all parts make fastest."""
     parts = part_costs(runner, call, repeats)
-    wire = runner.specs(call.batch, call.targets)[-1].empty(call.batch.placement.steps, call.batch.placement.lanes)
-    latency, transfer = max(runner.council.gather(_hop(runner, wire, repeats)))
+    steps, lanes = call.batch.placement.steps, call.batch.placement.lanes
+    wire = runner.specs(call.batch, call.targets)[-1].empty(steps, lanes)
+    latency, transfer = map(max, zip(*runner.council.gather(_hop(runner, wire, repeats)), strict=True))
     bandwidth = wire.numel() * wire.element_size() / transfer if transfer else float("inf")
     link = Link("measured", bandwidth, latency, "messages between the ranks of this pipeline")
     return tune(
         [cost for name, cost in parts.items() if name.startswith("layers.")],
         embed=parts.get("embed"),
         head=parts.get("head"),
-        steps=call.batch.placement.steps,
-        lanes=call.batch.placement.lanes,
-        stages=runner.engine.stages,
+        steps=steps,
+        lanes=lanes,
+        stages=stages,
+        replicas=runner.place.replicas,
         link=link,
         network=link,
         chunks=chunks,
