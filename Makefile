@@ -48,11 +48,12 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 
 # Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py tests/test_loader_gpu.py tests/test_compare_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q -p no:cacheprovider -W default -m gpu tests/test_rnn_gpu.py tests/test_loader_gpu.py tests/test_compare_gpu.py tests/test_pipeline_gpu.py
 	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.run --device cuda
 	PYTHONPATH=. $(PYTHON) -m experiments.rnn_speed.bnlstm --device cuda
 	PYTHONPATH=. $(PYTHON) -m experiments.prediction.run --device cuda --dtype bfloat16 --seconds 12
 	PYTHONPATH=. $(PYTHON) -m experiments.lm_strategies.speed --device cuda --dtype bfloat16 --turns 3
+	PYTHONPATH=. $(PYTHON) -m experiments.pipeline_lm.predict --device cuda
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqbatch needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
