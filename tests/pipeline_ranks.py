@@ -422,6 +422,8 @@ def other_content_and_counts(folder: Path) -> None:
         pipe.step(good, good.targets.double())
     with raises(ValueError, "漢{500}"):
         raise_on_last(pipe)
+    with raises(ValueError, "mode must be one of"):
+        Network(nn.GRU).pipeline(chunk_size=2, mode="asynchronous" if last else "full")
     with raises(ValueError, "different things.*units="):
         Network(nn.GRU).pipeline(chunk_size=3 if last else 2)
     with raises(ValueError, "different things.*parts="):

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqbatch.batch import SequenceBatch
 from seqbatch.pipeline.parts import Mode, check_mode
 from seqbatch.pipeline.units import unit_shape
 from seqbatch.strategy import check_integer
 
-__all__ = ["Call", "Carried", "Settings", "check_settings", "read_call"]
+__all__ = ["Call", "Carried", "Settings", "check_loss", "check_settings", "read_call"]
 
 
 class Settings(NamedTuple):
@@ -41,6 +41,14 @@ def check_settings(
     check_integer("virtual", virtual, at_least=1)
     check_integer("seed", seed, at_least=0)
     check_integer("cache", cache, at_least=1)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is no function, and modules whose parameters nobody would train."""
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of (output, targets), got {type(loss).__name__}")
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise ValueError("loss has parameters, which no optimizer of the pipeline would train: put them into head")
 
 
 @dataclass

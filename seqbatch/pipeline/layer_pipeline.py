@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from seqbatch.batch import SequenceBatch
 from seqbatch.pipeline.agreement import Council
-from seqbatch.pipeline.calls import Call, Carried, Settings, check_settings
+from seqbatch.pipeline.calls import Call, Carried, Settings, check_loss, check_settings
 from seqbatch.pipeline.checkpoint import Checkpoint
 from seqbatch.pipeline.costs import CHUNKS, PartCost, Tuned
 from seqbatch.pipeline.engine import Engine
@@ -110,30 +110,26 @@ class LayerPipeline(nn.Module):
         cache: int = 4,
     ) -> None:
         super().__init__()
-        check_settings(mode, chunk_size, num_microbatches, virtual, seed, cache)
-        if not callable(loss):
-            raise TypeError(f"loss must be a function of (output, targets), got {type(loss).__name__}")
-        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
-            raise ValueError("loss has parameters, which no optimizer of the pipeline would train: put them into head")
-        parts = named_parts(layers, embed, head, mode)
-        place = find_place(mesh, any(p.device.type == "cuda" for part in parts.values() for p in part.parameters()))
+        modules = [part for part in (embed, *layers, head) if isinstance(part, nn.Module)]
+        place = find_place(mesh, any(p.device.type == "cuda" for module in modules for p in module.parameters()))
+        council, stages = Council(place.everyone), len(place.ranks) * virtual
+        facts: dict[str, Any] = {"replica": 0}  # all ranks are given the same, those of other replicas too
+        error: Exception | None = None
+        parts: dict[str, nn.Module] = {}
+        names: list[list[str]] = []
+        try:
+            check_settings(mode, chunk_size, num_microbatches, virtual, seed, cache)
+            check_loss(loss)
+            parts = named_parts(layers, embed, head, mode)
+            names = split_layers(parts, stages, split)
+            facts |= {"mode": mode, "units": [chunk_size, num_microbatches, virtual, cache, seed]}
+            facts |= {"split": names, "parts": digest_of(parts), "tied": repr(tied)[:200]}
+        except Exception as found:  # whatever it is, all ranks must stop
+            error = found
+        council.same(facts, {}, error)
+        self.split = [sum(name.startswith("layers.") for name in stage) for stage in names]
         if isinstance(loss, nn.Module):
             loss = loss.to(place.device)
-        stages = len(place.ranks) * virtual
-        names = split_layers(parts, stages, split)
-        self.split = [sum(name.startswith("layers.") for name in stage) for stage in names]
-        council = Council(place.everyone)
-        council.same(
-            {
-                "replica": 0,  # all ranks were given the same
-                "mode": mode,
-                "units": [chunk_size, num_microbatches, cache, seed],
-                "split": [self.split, virtual],
-                "parts": digest_of(parts),
-                "tied": repr(tied)[:200],
-            },
-            {},
-        )
         ties = find_ties(parts, tied)
         numbers = list(range(place.rank, stages, len(place.ranks)))
         self._register(parts, [name for number in numbers for name in names[number]], place.device)
