@@ -12,7 +12,7 @@ pipe = seqbatch.pipeline.LayerPipeline(layers, embed=embed, head=head, loss=loss
 data = seqbatch.TokenArray.of_sequences([list(f"{i} squared is {i * i}".encode()) for i in range(400)])
 loader = seqbatch.make_loader(data, seqbatch.Splicing(16, chunk_size=32), next_token=True, mesh=pipe.mesh)
 optimizer = torch.optim.Adam(pipe.parameters(), lr=0.01)
-for batch in [*loader] * 3:
+for batch in [*loader] * 6:
     result = pipe.step(batch)  # forward and backward over all devices
     optimizer.step()
     optimizer.zero_grad()
