@@ -2,11 +2,8 @@ import torch
 
 import seqbatch.pipeline
 
-layers, embed, head = (
-    [seqbatch.rnn.LSTM(64, 64) for _ in range(4)],
-    torch.nn.Embedding(128, 64),
-    torch.nn.Linear(64, 128),
-)
+layers = [seqbatch.rnn.LSTM(64, 64) for _ in range(4)]
+embed, head = torch.nn.Embedding(128, 64), torch.nn.Linear(64, 128)
 loss = torch.nn.CrossEntropyLoss(reduction="none")
 pipe = seqbatch.pipeline.LayerPipeline(layers, embed=embed, head=head, loss=loss, chunk_size=8)
 data = seqbatch.TokenArray.of_sequences([list(f"{i} squared is {i * i}".encode()) for i in range(400)])
