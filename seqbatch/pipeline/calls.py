@@ -118,11 +118,7 @@ def read_call(
             f"the data of a pipelined batch must be one tensor, got {type(batch.data).__name__}: only tensors are cut "
             "and sent"
         )
-    targets = batch.targets if targets is None else targets
-    if targets is not None and not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor, (T, B, ...), got {type(targets).__name__}")
-    if targets is None:
-        raise ValueError("the batch has no targets: make the loader with next_token=True, or pass targets, (T, B, ...)")
+    targets = _check_targets(batch.targets if targets is None else targets)
     grid = batch.placement.steps, batch.placement.lanes
     batch = _with_flags(batch, carried.cleared)
     counted = _check_counts(batch, targets, grid, loss_tokens, settings.replicas)
@@ -133,8 +129,7 @@ def read_call(
     if not fresh and carried.units != units:
         raise ValueError(
             f"the carried states are of {carried.units[1] if carried.units else 0} lanes, the batch has {grid[1]}: "
-            "call "
-            "reset_state() where the lanes change, or pass carry=False"
+            "call reset_state() where the lanes change, or pass carry=False"
         )
     if not fresh and settings.looks_back:
         raise ValueError("bidirectional layers cannot go on from carried states: pass carry=False")
@@ -151,6 +146,15 @@ def read_call(
         "content": _digest(batch, targets) if digest else "",
     }
     return Call(batch, targets, fresh, scale, shape, units, facts)
+
+
+def _check_targets(targets: Any) -> Tensor:
+    """They themselves, if they are there."""
+    if targets is None:
+        raise ValueError("the batch has no targets: make the loader with next_token=True, or pass targets, (T, B, ...)")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, (T, B, ...), got {type(targets).__name__}")
+    return targets
 
 
 def _with_flags(batch: SequenceBatch, cleared: Tensor | None) -> SequenceBatch:
@@ -190,14 +194,12 @@ def _check_counts(
     if true != placement.loss_tokens:
         raise ValueError(
             f"loss_mask has {true} tokens, the plan counts {placement.loss_tokens}: pass loss_tokens=, the tokens of "
-            "the step over all "
-            "replicas (seqbatch.global_loss_tokens counts them)"
+            "the step over all replicas (seqbatch.global_loss_tokens counts them)"
         )
     if placement.num_replicas != replicas:
         raise ValueError(
             f"the batch is shared among {placement.num_replicas} replicas, the pipeline has {replicas}: "
-            "make_loader(..., mesh=mesh), or "
-            "pass loss_tokens=, the tokens of the step over all replicas"
+            "make_loader(..., mesh=mesh), or pass loss_tokens=, the tokens of the step over all replicas"
         )
     return placement.step_loss_tokens
 

@@ -188,8 +188,7 @@ def _flat_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             if parameter not in names:
                 raise ValueError(
                     f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not of this pipeline's "
-                    "stages: make it "
-                    "from pipe.parameters()"
+                    "stages: make it from pipe.parameters()"
                 )
             name = names[parameter]
             flat |= {f"optimizer.group.{name}.{key}": value for key, value in group.items() if key != "params"}

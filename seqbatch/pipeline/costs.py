@@ -87,8 +87,8 @@ def fit_cost(
     terms_scale = np.linalg.norm(terms, axis=0)
     if np.linalg.matrix_rank(terms / terms_scale) < 3:
         raise ValueError(
-            "three numbers need three grids of different steps and of different lanes, "
-            f"got {sorted(set(zip(steps.tolist(), lanes.tolist(), strict=True)))}"
+            "three numbers need three grids of different steps and of different lanes, got "
+            f"{sorted(set(zip(steps.tolist(), lanes.tolist(), strict=True)))}"
         )
     found: list[float] = []
     for seconds in rows[:, 2:].T:

@@ -69,9 +69,8 @@ class Engine:
         """Run all units forward, and in training backward; the stages know the rest of the batch."""
         inputs = (data,) if self.first else ()
         if not shape.training and dist.get_world_size(self.group) == 1:
-            for x in torch.split(
-                data, shape.steps
-            ):  # torch's schedules cannot leave out the backward pass within one rank
+            # torch's schedules cannot leave out the backward pass within one rank
+            for x in torch.split(data, shape.steps):
                 for module in self.modules:
                     x = module(x)
             return
@@ -135,11 +134,9 @@ def check_order(schedule: Any) -> None:
         for stage, order in backward.items():
             if order != sorted(order, reverse=True):
                 raise RuntimeError(
-                    f"{type(schedule).__name__} of torch {torch.__version__} runs the backward passes of stage "
-                    f"{stage} on rank {rank} in the "
-                    f"order {order[:8]}, and full BPTT over time chunks needs the descending one: use "
-                    "mode='truncated' or "
-                    "'microbatch', or torch 2.11 to 2.13"
+                    f"{type(schedule).__name__} of torch {torch.__version__} runs the backward passes of stage {stage} "
+                    f"on rank {rank} in the order {order[:8]}, and full BPTT over time chunks needs the descending "
+                    "one: use mode='truncated' or 'microbatch', or torch 2.11 to 2.13"
                 )
 
 

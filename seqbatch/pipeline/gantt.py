@@ -120,8 +120,8 @@ def _title(timeline: Timeline) -> str:
     looped = f" on {table.ranks} ranks" if table.ranks != table.stages else ""
     share = timeline.makespan / work if work else 1.0
     return (
-        f"{table.name}: {table.stages} stages{looped}, {table.units} chunks; idle {timeline.bubble:.1%}; "
-        f"{share:.2f} of one device's time"
+        f"{table.name}: {table.stages} stages{looped}, {table.units} chunks; idle {timeline.bubble:.1%}; {share:.2f} "
+        "of one device's time"
     )
 
 

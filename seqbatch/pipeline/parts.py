@@ -201,8 +201,7 @@ def _check_output(name: str, x: Tensor, y: Any) -> None:
     if not y.is_contiguous():
         raise ValueError(
             f"the output of {name} has strides {y.stride()} for shape {tuple(y.shape)}; a device sends memory as it "
-            "lies: "
-            "return output.contiguous()"
+            "lies: return output.contiguous()"
         )
 
 
@@ -214,9 +213,8 @@ def _check_causal(name: str, layer: nn.Module, x: Tensor) -> None:
     tolerance = max(torch.finfo(y.dtype).eps ** 0.5, 1e-3) if y.is_floating_point() else 0.0
     if not torch.allclose(torch.cat([first, second]), y, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise ValueError(
-            f"{name} gives another output for two steps at once than for one after the other with its state: it "
-            "looks ahead or "
-            "keeps something beside its state, and cannot be cut in time: use mode='microbatch'"
+            f"{name} gives another output for two steps at once than for one after the other with its state: it looks "
+            "ahead or keeps something beside its state, and cannot be cut in time: use mode='microbatch'"
         )
 
 

@@ -57,9 +57,8 @@ def find_place(mesh: DeviceMesh | None, on_cuda: bool) -> Place:
     names = mesh.mesh_dim_names or ()
     if "pp" not in names or set(names) - {"pp", "dp"}:
         raise ValueError(
-            f"the mesh must have a dimension 'pp' and may have 'dp', got {names}: init_device_mesh('cuda', "
-            "(replicas, stages), "
-            "mesh_dim_names=('dp', 'pp'))"
+            f"the mesh must have a dimension 'pp' and may have 'dp', got {names}: init_device_mesh('cuda', (replicas, "
+            "stages), mesh_dim_names=('dp', 'pp'))"
         )
     stages, replicas = mesh["pp"], mesh["dp"] if "dp" in names else None
     device = torch.device(mesh.device_type)

@@ -94,8 +94,8 @@ def schedule(name: str, *, stages: int, chunks: int, virtual: int = 1) -> Timeta
         raise ValueError(f"only the wavefront takes several stages per rank, got virtual={virtual} for {name}")
     if name == "1f1b" and chunks < stages:
         raise ValueError(
-            f"1f1b needs at least as many chunks as stages, got {chunks} chunks for {stages} stages: "
-            "cut finer, or take gpipe or wavefront"
+            f"1f1b needs at least as many chunks as stages, got {chunks} chunks for {stages} stages: cut finer, or "
+            "take gpipe or wavefront"
         )
     ranks = stages // virtual
     orders = tuple(_order(name, range(rank, stages, ranks), stages, chunks) for rank in range(ranks))

@@ -155,9 +155,9 @@ class Stage(nn.Module):
         """
         if self._walked != unit + 1:
             raise RuntimeError(
-                f"the backward pass of time chunk {unit} came after that of {self._walked}, not {unit + 1}: full "
-                "BPTT hands gradients "
-                "from each chunk to the one before it, and this version of torch schedules them in another order"
+                f"the backward pass of time chunk {unit} came after that of {self._walked}, not {unit + 1}: full BPTT "
+                "hands gradients from each chunk to the one before it, and this version of torch schedules them in "
+                "another order"
             )
         self._walked = unit
         return [leaf.grad for leaf in self._leaves.pop(unit + 1, [])]
