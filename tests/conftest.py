@@ -25,6 +25,15 @@ def pytest_report_header() -> str:
     return f"numpy {np.__version__}, scipy {scipy.__version__}, pandas {pd.__version__}, numba {numba.__version__}"
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models that are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=[0, lstm.SAVED_AT_LEAST], ids=["in pieces", "where it pays"])
 def pieces_of_time(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small LSTMs take the path for ragged lanes too, which by itself only large ones do."""

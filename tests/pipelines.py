@@ -84,6 +84,17 @@ def assert_same_step(
     return after
 
 
+def assert_same_training(network: Network, pipe: LayerPipeline, cut: int | None = None) -> None:
+    """Losses, gradients and parameters of three optimizer steps, on batches of other shapes each."""
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in (network, pipe)]
+    for seed, lengths in enumerate([(9, 4, 7, 1), (5, 5), (3, 2, 2, 2, 6)]):
+        assert_same_step(network, pipe, padded(lengths, seed), cut=cut)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same_parameters(network, pipe)
+
+
 def assert_same_gradients(network: nn.Module, pipe: LayerPipeline) -> None:
     """Of every parameter that a rank holds."""
     expected = dict(network.named_parameters())

@@ -1,7 +1,6 @@
 """experiments/char_lm: its text, its models, and that --full is the paper's configuration."""
 
 import gzip
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,16 +17,9 @@ from experiments.char_lm.splicing import SPLICED, Way, parts
 from experiments.char_lm.text import ALPHABET, Text, crops, symbols, windows
 from seqbatch import TokenArray
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Settings(hidden=16, steps=10, batch=8, updates=30, every=15, population=4, test=1_600)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These models are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

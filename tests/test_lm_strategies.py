@@ -9,16 +9,10 @@ from experiments.lm_strategies.speed import Sample, take
 from experiments.lm_strategies.train import train
 from seqbatch import Chunking, Padding, Splicing, TokenArray
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"{i} times {i} is {i * i}, as {'everyone ' * (i % 4)}knows." for i in range(60)]
 CORPUS = Corpus.of_texts(TEXTS[:50], TEXTS[50:])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def short_run(strategy, cell="sru", **options):

@@ -8,17 +8,11 @@ from experiments.pipeline_lm.model import Alone, Network, held_out_loss, loaders
 from experiments.pipeline_lm.stale import hidden_parameters, in_one_process
 from experiments.pipeline_lm.train import newest, resume, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [f"{i} times {i} is {i * i}, as {'everyone ' * (i % 4)}knows." for i in range(60)]
 CORPUS = Corpus.of_texts(TEXTS[:50], TEXTS[50:])
 LANES, WINDOW, LAYERS = 4, 16, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(cell="lstm"):

@@ -12,6 +12,8 @@ from experiments.sequential_mnist.data import MNIST, ORDERS, load, order_of
 from experiments.sequential_mnist.gamma import FORMS, RECURRENT, gradient_norms
 from experiments.sequential_mnist.run import FULL, MODELS, Classifier, Settings, changed, evaluate, forever, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Settings(
     side=7,
     train_images=400,
@@ -24,14 +26,6 @@ TINY = Settings(
     lr=1e-2,
     estimate=100,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parts(order="in order", side=7, sizes=(400, 100, 100)):
