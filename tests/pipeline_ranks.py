@@ -423,6 +423,14 @@ def other_content_and_counts(folder: Path) -> None:
         Network(nn.GRU).pipeline(chunk_size=3 if last else 2)
     with raises(ValueError, "different things.*parts="):
         Network(nn.GRU, width=6 if last else 5).pipeline(chunk_size=2)
+    with raises(ValueError, "different things.*parts="):
+        Network(nn.GRU).pipeline(head=nn.Identity() if last else None)
+    with raises(ValueError, "different things.*tied="):
+        Network(nn.GRU).pipeline(tied=[("embed.weight", "head.weight")] if last else ())
+    deep, rest = Network(nn.RNN, layers=400, width=1), [1] * (dist.get_world_size() - 1)
+    assert sum(deep.pipeline().split) == 400
+    with raises(ValueError, r"different things.*split='\[1, .*\('\[39\d, 1"):
+        deep.pipeline(split=[*rest, 400 - len(rest)] if last else [400 - len(rest), *rest])
     with raises(ValueError, "put them into head"):
         Network(nn.GRU).pipeline(loss=nn.Linear(2, 2))
     with raises(ValueError, "bool"):

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Council"]
+__all__ = ["Council", "brief"]
 
 _BYTES = 4096
+_SHOWN = 200
 
 
 class Council:
@@ -85,6 +87,20 @@ class Council:
                     "same batch: make_loader(..., mesh=pipe.mesh) reads by mesh['dp'], not by rank"
                 )
         return everyone
+
+
+def brief(value: Any) -> str:
+    """A value of any size as a fact: its text, of a long one the beginning and a digest.
+
+    >>> brief([2, 1])
+    '[2, 1]'
+    >>> len(brief([1] * 400)), brief([1] * 400) == brief([1] * 399 + [2])
+    (229, False)
+    """
+    text = repr(value)
+    if len(text) <= _SHOWN:
+        return text
+    return f"{text[:_SHOWN]}... (sha256 {sha256(text.encode()).hexdigest()[:16]})"
 
 
 def _group_of(ranks: Sequence[int]) -> Any:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from seqbatch.batch import SequenceBatch
-from seqbatch.pipeline.agreement import Council
+from seqbatch.pipeline.agreement import Council, brief
 from seqbatch.pipeline.calls import Call, Carried, Settings, check_loss, check_settings
 from seqbatch.pipeline.checkpoint import Checkpoint
 from seqbatch.pipeline.costs import CHUNKS, PartCost, Tuned
@@ -123,11 +123,11 @@ class LayerPipeline(nn.Module):
             parts = named_parts(layers, embed, head, mode)
             names = split_layers(parts, stages, split)
             facts |= {"mode": mode, "units": [chunk_size, num_microbatches, virtual, cache, seed]}
-            facts |= {"split": names, "parts": digest_of(parts), "tied": repr(tied)[:200]}
+            self.split = [sum(name.startswith("layers.") for name in stage) for stage in names]
+            facts |= {"split": brief(self.split), "parts": digest_of(parts), "tied": brief(tied)}
         except Exception as found:  # whatever it is, all ranks must stop
             error = found
         council.same(facts, {}, error)
-        self.split = [sum(name.startswith("layers.") for name in stage) for stage in names]
         if isinstance(loss, nn.Module):
             loss = loss.to(place.device)
         ties = find_ties(parts, tied)

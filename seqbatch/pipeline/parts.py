@@ -229,6 +229,9 @@ def part_of(name: str) -> str:
 
 
 def digest_of(parts: Mapping[str, nn.Module]) -> str:
-    """Of the names and shapes of all parameters, which ranks compare."""
-    shapes = [(n, i, tuple(p.shape), p.requires_grad) for n, part in parts.items() for i, p in part.named_parameters()]
+    """Of the names of all parts, and of the names and shapes of their parameters, which ranks compare."""
+    shapes = [
+        (name, [(inner, tuple(p.shape), p.requires_grad) for inner, p in part.named_parameters()])
+        for name, part in parts.items()
+    ]
     return sha256(repr(shapes).encode()).hexdigest()[:16]
