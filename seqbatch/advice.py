@@ -99,6 +99,12 @@ def _share_cut(plan: Plan) -> float:
 
 
 def _code(settings: str, plan: Plan, flags: bool) -> str:
+    if plan.pairs:
+        told = ", mask=source.mask" if flags else ""
+        return (
+            f"loader = seqbatch.make_loader(dataset, seqbatch.{settings}, lengths=lengths, next_token=True)\n"
+            f"for batch in loader:\n    source, target = batch\n    memory, state = encoder(embed(source.data){told})"
+        )
     state = ", batch.carry_in(state)" if plan.carry else ""
     told = ", reset=batch.reset, mask=batch.mask" if flags else ""
     return (

@@ -42,7 +42,8 @@ def main() -> None:
     """Plan batches of variable-length sequences and see what each strategy wastes.
 
     LENGTHS is a file of one whole number per line (.txt, .gz), a column of a .csv, .jsonl or .parquet
-    file, a .npy array, a FASTA file, a text measured by --unit, or - for standard input.
+    file, a .npy array, a FASTA file, a text measured by --unit, or - for standard input. Two --columns, or a .npy
+    array of two, are the lengths of pairs, source and target.
     """
 
 
@@ -67,9 +68,11 @@ def stats(
     from seqbatch.lengths import corpus_names, describe
 
     if list_corpora:
-        click.echo("\n".join(corpus_names()))
+        click.echo("\n".join([*corpus_names(), *(f"{name} (pairs)" for name in corpus_names(pairs=True))]))
         return
     array = read(lengths, corpus, column, unit)
+    if array.ndim == 2:
+        raise ValueError("stats describes one length a sequence: take the sides of pairs one by one, with --column")
     values: dict[str, float] = describe(array)
     for size in (2, 8, 32, 128):
         if size <= len(array):
@@ -127,7 +130,7 @@ def simulate(
     from seqbatch.simulate import DeviceModel
     from seqbatch.simulate import simulate as run
 
-    names = strategy_names(strategies, ())
+    names = strategy_names(strategies)
     array = _draw_orread(lengths, corpus, column, unit, gamma, lognormal, count, seed)
     device = DeviceModel(batch_us, step_us, cell_ns)
     frame = run(

@@ -64,12 +64,11 @@ def compare(
     if html is not None:
         check_matplotlib("--html")
         check_writable(html)
-    from seqbatch.compare import STRATEGIES
     from seqbatch.compare import compare as run
 
     found = run(
         read(lengths, corpus, column, unit), cell=cell, hidden=hidden, layers=layers, device=device, dtype=dtype,
-        strategies=strategy_names(strategies, STRATEGIES),
+        strategies=strategy_names(strategies),
         batch_sizes=batch_sizes or (_QUICK_SIZES if quick else _SIZES), chunk_size=chunk_size,
         seconds=seconds or (_QUICK_SECONDS if quick else _SECONDS), seed=seed, progress=True,
     )  # fmt: skip

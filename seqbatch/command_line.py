@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,18 +73,33 @@ def numbers(kind: Callable[[str], Any], how_many: int | None = None) -> Callable
 
 
 def source(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where lengths come from."""
+    """The options that say where lengths come from; two columns come to the command as a tuple."""
     options = [
         click.argument("lengths", required=False, type=_INPUT),
         click.option("--corpus", metavar="NAME", help="Lengths that come with seqbatch; see 'seqbatch stats --list'."),
         click.option("--column", help="Column of a csv, jsonl or parquet file."),
+        click.option("--columns", metavar="SOURCE,TARGET", callback=_two, help="Two columns: lengths of pairs."),
         click.option(
             "--unit", type=click.Choice(["words", "characters", "bytes"]), help="Measure the lines of a text."
         ),
     ]
+
+    @functools.wraps(command)
+    def run(*args: Any, column: str | None, columns: tuple[str, str] | None, **kwargs: Any) -> None:
+        if column is not None and columns is not None:
+            raise click.UsageError("give either --column NAME or --columns SOURCE,TARGET")
+        command(*args, column=columns or column, **kwargs)
+
     for option in reversed(options):
-        command = option(command)
-    return command
+        run = option(run)
+    return run
+
+
+def _two(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, str] | None:
+    names = tuple(text.split(",")) if text else None
+    if names is not None and (len(names) != 2 or not all(names)):
+        raise click.BadParameter(f"expected the names of two columns with a comma between, got {text!r}")
+    return names
 
 
 def output(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,11 +108,13 @@ def output(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--json", "form", flag_value="json", help="Print one JSON document.")(command)
 
 
-def strategy_names(text: str, default: Sequence[str]) -> list[str]:
-    """Names of strategies separated by commas; ``all`` is all of them, no text the `default`."""
+def strategy_names(text: str | None) -> "list[str] | str | None":
+    """Names of strategies separated by commas; ``all`` as it is, None where there is no text."""
     from seqbatch.simulate import STRATEGIES
 
-    names = list(STRATEGIES) if text == "all" else text.split(",") if text else list(default)
+    if not text or text == "all":
+        return text or None
+    names = text.split(",")
     for name in names:
         if name not in STRATEGIES:
             raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
@@ -120,16 +137,17 @@ def check_matplotlib(option: str) -> None:
         raise ModuleNotFoundError(f"{option} needs matplotlib: pip install 'seqbatch[plot]'")
 
 
-def read(path: str | None, corpus: str | None, column: str | None, unit: str | None) -> "IntArray":
-    """Return the lengths that the options of `source` name."""
+def read(path: str | None, corpus: str | None, column: "str | tuple[str, str] | None", unit: str | None) -> "IntArray":
+    """Return the lengths that the options of `source` name: (N,), or (N, 2) of pairs."""
     from seqbatch.lengths import corpus_names, load_corpus, read_lengths
 
     if (path is None) == (corpus is None):
         raise click.UsageError("give either a file of LENGTHS or --corpus NAME (one of them)")
     if corpus is None:
         return read_lengths(str(path), column=column, unit=unit)
-    if corpus not in corpus_names():
-        raise click.BadParameter(f"{corpus!r} is none of {', '.join(corpus_names())}", param_hint="--corpus")
+    names = corpus_names() + corpus_names(pairs=True)
+    if corpus not in names:
+        raise click.BadParameter(f"{corpus!r} is none of {', '.join(names)}", param_hint="--corpus")
     return load_corpus(corpus)
 
 

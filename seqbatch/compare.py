@@ -22,7 +22,7 @@ from seqbatch.lengths import as_lengths
 from seqbatch.measure import Calibration, Timing, calibrate, environment, free_bytes, peak_memory, stopwatch
 from seqbatch.ordering import IntArray
 from seqbatch.plan import Plan
-from seqbatch.simulate import DeviceModel, sized
+from seqbatch.simulate import DeviceModel, named, sized
 from seqbatch.steps import RankBatches
 from seqbatch.strategy import Strategy, check_integer
 from seqbatch.workload import VOCABULARY, Workload
@@ -124,7 +124,7 @@ def compare(
     layers: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
-    strategies: Iterable[str | Strategy] = STRATEGIES,
+    strategies: Iterable[str | Strategy] | str | None = None,
     batch_sizes: Sequence[int] = (4, 16, 64, 256),
     chunk_size: int = 64,
     seconds: float = 300.0,
@@ -139,13 +139,14 @@ def compare(
     sequences, compare some.
 
     Args:
-        lengths: (N,) tokens of each sequence.
+        lengths: (N,) tokens of each sequence, or (N, 2) of pairs, whose two sides the layers then run one after the
+            other, as an encoder and a decoder of that size would.
         cell: ``"sru"``, ``"lstm"``, ``"bnlstm"`` or ``"nn.LSTM"`` (torch's, without resets and mask).
         hidden: Units of a layer, and input features.
         layers: Layers.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float64"``.
-        strategies: Names of :data:`~seqbatch.simulate.STRATEGIES`, or strategies.
+        strategies: Names of :data:`~seqbatch.simulate.STRATEGIES`, or strategies; by default one of each kind.
         batch_sizes: B of each row; see :func:`~seqbatch.simulate.simulate`.
         chunk_size: Steps of a window or chunk.
         seconds: About how long all may take; rows get equal shares of it.
@@ -168,16 +169,16 @@ def compare(
     >>> found.frame[["strategy", "batches"]].values.tolist()
     [['padding', 6], ['splicing', 1]]
     """
-    array = as_lengths(lengths)
+    array = as_lengths(lengths, pairs=True)
     sizes = [check_integer("a batch size", size, at_least=1) for size in batch_sizes]
     check_integer("seed", seed, at_least=0)
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds must be a number above 0, got {seconds!r}")
     workload = Workload(cell, hidden=hidden, layers=layers, device=device, dtype=dtype)
-    chosen = [strategies] if isinstance(strategies, str | Strategy) else strategies
+    chosen = named(strategies, STRATEGIES, pairs=array.ndim == 2)
     rows = [
         _Row(name, size, strategy, strategy.plan(array, seed=seed))
-        for name, size, strategy in sized(array[array > 0], chosen, sizes, chunk_size)
+        for name, size, strategy in sized(array, chosen, sizes, chunk_size)
     ]
     if not rows:
         raise ValueError("there is nothing to compare: give at least one strategy and one batch size")
@@ -207,9 +208,7 @@ class _Trial:
         self.seconds = seconds
         self.calibration: Calibration | None = None
         self.per_cell = 0.0  # bytes
-        offsets = np.append(0, np.cumsum(lengths))
-        tokens = np.resize(np.arange(VOCABULARY, dtype=np.uint8), offsets[-1])
-        self.data = PieceDataset(TokenArray(tokens, offsets))
+        self.data = [PieceDataset(_any_tokens(side)) for side in np.atleast_2d(lengths.T)]
 
     def run(self) -> None:
         """Calibrate, predict, warm up and measure; what is known is in the rows at any time."""
@@ -275,7 +274,7 @@ class _Trial:
     def _choose(self, row: _Row, device: DeviceModel, count: int) -> bool:
         """Predict a row and choose which batches to measure; False if none, with a note why."""
         row.seconds = device.times(*self.workload.effort(row.plan))
-        needed = self.per_cell * int((row.plan.steps * row.plan.lanes).max()) + self.workload.weight_bytes / 3
+        needed = self.per_cell * int(row.plan.costs().max()) + self.workload.weight_bytes / 3
         free = free_bytes(self.workload.device)
         if free is not None and needed > 0.9 * free:
             row.note = _too_large("its largest batch needs", needed, free)
@@ -292,7 +291,7 @@ class _Trial:
 
     def _warm_up(self, row: _Row) -> None:
         """Train on the largest batch, to know its memory, and once on the sample, so that its shapes are known."""
-        largest = np.array([np.argmax(row.plan.steps * row.plan.lanes)])
+        largest = np.array([np.argmax(row.plan.costs())])
         self.workload.forget_gradients()
         row.memory = peak_memory(lambda: self._train(row, largest), self.workload.device)
         self._train(row, row.sample)
@@ -318,15 +317,24 @@ class _Trial:
             state = self.workload.train(batch, state)
 
     def _batches(self, plan: Plan, batches: IntArray) -> "Iterator[SequenceBatch]":
-        """The batches as a loader makes them, on the device."""
+        """The batches as a loader makes them, on the device; of pairs the two sides, one after the other."""
         everything = (batches, np.zeros_like(batches), plan.lanes[batches])
-        maker = RankBatches(plan, self.lengths, everything, None, next_token=False)
+        makers = [
+            RankBatches(side, lengths, everything, None, next_token=False)
+            for side, lengths in zip(plan.sides, np.atleast_2d(self.lengths.T), strict=True)
+        ]
         common = {"step_loss_tokens": 1, "num_replicas": 1, "update": True, "position": {}}
         for step in range(len(batches)):
-            batch: Any = collate(self.data.__getitems__(maker.place(step, common)))
-            if self.workload.device.type == "cuda":  # from other memory the copy would wait for the device
-                batch = batch.pin_memory()
-            yield batch.to(self.workload.device, non_blocking=True)
+            for data, maker in zip(self.data, makers, strict=True):
+                batch: Any = collate(data.__getitems__(maker.place(step, common)))
+                if self.workload.device.type == "cuda":  # from other memory the copy would wait for the device
+                    batch = batch.pin_memory()
+                yield batch.to(self.workload.device, non_blocking=True)
+
+
+def _any_tokens(lengths: IntArray) -> TokenArray:
+    offsets = np.append(0, np.cumsum(lengths))
+    return TokenArray(np.resize(np.arange(VOCABULARY, dtype=np.uint8), offsets[-1]), offsets)
 
 
 def grids(plans: Sequence[Plan]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -336,7 +344,8 @@ def grids(plans: Sequence[Plan]) -> tuple[list[tuple[int, int]], list[tuple[int,
     each plan -, up to the cells of the largest of these; that one and the one larger than three quarters of them, since
     cells can cost more where a batch outgrows caches or the memory that an allocator keeps. Tested are grids between.
     """
-    typical = [(int(np.median(plan.steps)), int(np.median(plan.lanes))) for plan in plans]
+    sides = [side for plan in plans for side in plan.sides]
+    typical = [(int(np.median(plan.steps)), int(np.median(plan.lanes))) for plan in sides]
     typical.sort(key=lambda grid: grid[0] * grid[1])
     steps, lanes = np.array(typical).T
     most = int(steps[-1] * lanes[-1])

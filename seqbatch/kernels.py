@@ -22,6 +22,7 @@ __all__ = [
     "optimal_splits",
     "pool_keys",
     "read_pool_keys",
+    "split_table",
 ]
 
 
@@ -312,12 +313,7 @@ def group_by(groups: IntArray, lengths: IntArray, ends: IntArray, order: IntArra
 
 @compiled
 def optimal_splits(values: IntArray, counts: IntArray, num_splits: int) -> IntArray:
-    """Return the positions of the edges that give the fewest cells, by dynamic programming.
-
-    ``cells[k, j]``, the fewest cells for the classes up to j in k buckets, is the least of
-    ``cells[k - 1, i] + values[j] * (count of the classes after i up to j)`` over i < j. The best i
-    never falls as j rises, so each level is solved by halving j and keeping i between its
-    neighbours' solutions: O(K U log U) for U classes, exactly.
+    """Return the positions of the edges that give the fewest cells.
 
     Args:
         values: (U,) rising edges to choose from, the last one is always chosen.
@@ -327,12 +323,41 @@ def optimal_splits(values: IntArray, counts: IntArray, num_splits: int) -> IntAr
     Returns:
         (K,) rising positions in `values`.
     """
+    best = split_table(values, counts, num_splits)[0]
+    edges = np.empty(num_splits, np.int64)
+    j = len(values) - 1
+    for k in range(num_splits - 1, -1, -1):
+        edges[k] = j
+        j = best[k, j] - 1
+    return edges
+
+
+@compiled
+def split_table(values: IntArray, counts: IntArray, num_splits: int) -> tuple[IntArray, IntArray]:
+    """Find the edges that give the fewest cells, for each number of edges, by dynamic programming.
+
+    ``cells[k, j]``, the fewest cells for the classes up to j in k buckets, is the least of
+    ``cells[k - 1, i] + values[j] * (count of the classes after i up to j)`` over i < j. The best i
+    never falls as j rises, so each level is solved by halving j and keeping i between its
+    neighbours' solutions: O(K U log U) for U classes, exactly.
+
+    Args:
+        values: (U,) rising edges to choose from.
+        counts: (U,) sequences of each class.
+        num_splits: K, at most U.
+
+    Returns:
+        (K, U) the first class of the last of k + 1 buckets that hold the classes up to j, and (K,) the cells of all
+        classes in k + 1 buckets.
+    """
     classes = len(values)
     total = np.zeros(classes + 1, np.int64)
     for i in range(classes):
         total[i + 1] = total[i] + counts[i]
     cells = values * total[1:]
     best = np.zeros((num_splits, classes), np.int64)
+    fewest = np.empty(num_splits, np.int64)
+    fewest[0] = cells[classes - 1]
     stack = np.empty((128, 4), np.int64)
     for k in range(1, num_splits):
         fewer = cells.copy()
@@ -355,9 +380,5 @@ def optimal_splits(values: IntArray, counts: IntArray, num_splits: int) -> IntAr
             stack[depth] = (low, j - 1, from_, at)
             depth += 1
             stack[depth] = (j + 1, high, at, to)
-    edges = np.empty(num_splits, np.int64)
-    j = classes - 1
-    for k in range(num_splits - 1, -1, -1):
-        edges[k] = j
-        j = best[k, j] - 1
-    return edges
+        fewest[k] = cells[classes - 1]
+    return best, fewest

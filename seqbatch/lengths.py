@@ -29,22 +29,24 @@ UNITS = ("words", "characters", "bytes")
 _MOST_TOKENS = 2**62  # planners add lengths in int64: one bit is left for sums of steps and padding
 _HOW_TO_MEASURE = f"to measure texts give unit=, one of {', '.join(map(repr, UNITS))}"
 _CORPUS_SUFFIX = ".txt.gz"
+_PAIRS_SUFFIX = ".pairs.gz"
 _INTEGER_LINES = re.compile(rb"(?:\xef\xbb\xbf)?(?:[ \t]*+[0-9]{1,18}+[ \t\r]*+(?:\n|\Z))++\s*+")
 
 
-def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+def as_lengths(lengths: ArrayLike, *, pairs: bool = False) -> NDArray[np.int64]:
     """Return `lengths` as every strategy needs them, or say what is wrong with them.
 
     Args:
         lengths: (N,) tokens of each sequence, N >= 1: a list, tensor, pandas Series or array of any
             integer dtype. A length may be 0 (an empty sequence).
+        pairs: Take (N, 2), the tokens of source and target of each pair, too.
 
     Returns:
-        (N,) int64, C-contiguous; the array given, not a copy, where it is that already.
+        (N,) or (N, 2) int64, C-contiguous; the array given, not a copy, where it is that already.
 
     Raises:
         TypeError: floats, booleans, strings or objects.
-        ValueError: no lengths, not one dimension, a negative length, or more than 2**62 tokens in all.
+        ValueError: no lengths, another shape, a negative length, or more than 2**62 tokens in all.
 
     >>> as_lengths([3, 0, 2])
     array([3, 0, 2])
@@ -52,14 +54,14 @@ def as_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
     Traceback (most recent call last):
     TypeError: lengths must be integers, got float64: round them as you see fit, then .astype(np.int64)
     """
-    array = _as_vector(lengths)
+    array = _as_array(lengths, pairs)
     if array.dtype.kind not in "iu":
         raise TypeError(_not_integers(array))
     smallest, largest = int(array.min()), int(array.max())
     if smallest < 0:
-        first = int(np.flatnonzero(array < 0)[0])
-        raise ValueError(f"lengths must not be negative, got {array[first]} at index {first}")
-    if largest > _MOST_TOKENS or (largest * len(array) > _MOST_TOKENS and _exact_sum(array) > _MOST_TOKENS):
+        first = int(np.argwhere(array < 0)[0, 0])
+        raise ValueError(f"lengths must not be negative, got {array[first].tolist()} at index {first}")
+    if largest > _MOST_TOKENS or (largest * array.size > _MOST_TOKENS and _exact_sum(array) > _MOST_TOKENS):
         raise ValueError(f"lengths add up to more than 2**62 tokens (the longest is {largest}): is the unit right?")
     return np.ascontiguousarray(array, dtype=np.int64)
 
@@ -94,14 +96,18 @@ def describe(lengths: ArrayLike) -> dict[str, float | int]:
     }
 
 
-def corpus_names() -> list[str]:
+def corpus_names(*, pairs: bool = False) -> list[str]:
     """Return the names of the bundled corpora, see ``seqbatch/corpora/README.md`` for units and sources.
 
-    >>> "ud_en_ewt" in corpus_names()
-    True
+    Args:
+        pairs: Of those with two lengths a pair, instead of those with one a sequence.
+
+    >>> "ud_en_ewt" in corpus_names(), corpus_names(pairs=True)
+    (True, ['tanaka_en_ja', 'tatoeba_en_zh'])
     """
+    suffix = _PAIRS_SUFFIX if pairs else _CORPUS_SUFFIX
     names = (entry.name for entry in files("seqbatch.corpora").iterdir())
-    return sorted(name.removesuffix(_CORPUS_SUFFIX) for name in names if name.endswith(_CORPUS_SUFFIX))
+    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
 
 
 def load_corpus(name: str) -> NDArray[np.int64]:
@@ -111,26 +117,28 @@ def load_corpus(name: str) -> NDArray[np.int64]:
         name: One of :func:`corpus_names`.
 
     Returns:
-        (N,) int64, all positive, in the unit that ``seqbatch/corpora/README.md`` names.
+        (N,) int64, all positive, in the unit that ``seqbatch/corpora/README.md`` names; (N, 2) of pairs.
 
     Raises:
         ValueError: no such corpus.
 
-    >>> load_corpus("ud_en_ewt")[:3]
-    array([ 7,  2, 35])
+    >>> load_corpus("ud_en_ewt")[:3], load_corpus("tatoeba_en_zh").shape
+    (array([ 7,  2, 35]), (29154, 2))
     """
-    check_choice("corpus", name, corpus_names())
-    content = (files("seqbatch.corpora") / (name + _CORPUS_SUFFIX)).read_bytes()
-    return as_lengths(np.fromstring(gzip.decompress(content), np.int64, sep="\n"))
+    pairs = corpus_names(pairs=True)
+    check_choice("corpus", name, corpus_names() + pairs)
+    content = (files("seqbatch.corpora") / (name + (_PAIRS_SUFFIX if name in pairs else _CORPUS_SUFFIX))).read_bytes()
+    numbers = np.fromstring(gzip.decompress(content), np.int64, sep=" ")
+    return as_lengths(numbers.reshape(-1, 2) if name in pairs else numbers, pairs=True)
 
 
 def read_lengths(
-    source: str | os.PathLike[str], *, column: str | None = None, unit: str | None = None
+    source: str | os.PathLike[str], *, column: str | tuple[str, str] | None = None, unit: str | None = None
 ) -> NDArray[np.int64]:
     """Read the length of each sequence from a file, gzipped or not, the format told by its suffix.
 
     ==================== =============================================================================
-    ``.npy``             an array of integers; pickles are refused
+    ``.npy``             an array of integers, (N,) or (N, 2) of pairs; pickles are refused
     ``.csv`` ``.tsv``    `column` of integers, or of texts with `unit`; a header line names the columns
     ``.jsonl``           `column` of integers, of lists (their length), or of texts with `unit`
     ``.parquet``         the same; needs pyarrow
@@ -140,12 +148,13 @@ def read_lengths(
 
     Args:
         source: A path, or ``"-"`` for standard input.
-        column: Which column or key; may be left out where there is only one.
+        column: Which column or key; may be left out where there is only one. Two names are those of the source
+            and the target of pairs.
         unit: Measure texts in ``"words"`` (split at whitespace), ``"characters"`` or (UTF-8)
             ``"bytes"``, ends of lines not counted.
 
     Returns:
-        (N,) int64.
+        (N,) int64; (N, 2) of pairs.
 
     Raises:
         FileNotFoundError, IsADirectoryError: nothing to read there.
@@ -163,28 +172,54 @@ def read_lengths(
     if unit is not None:
         check_choice("unit", unit, UNITS)
     name = os.fspath(source)
-    request = _Request("standard input" if name == "-" else name, column, unit)
+    label = "standard input" if name == "-" else name
     suffix = Path(name.lower().removesuffix(".gz")).suffix
+    reader = _READERS.get(suffix, _read_text)
     try:
-        with _opened(request.name, name) as stream:
-            values = _READERS.get(suffix, _read_text)(request, stream)
+        with _opened(label, name) as stream:
+            if isinstance(column, str) or column is None:
+                values = reader(_Request(label, column, unit), stream)
+            else:
+                values = _read_pairs(reader, [_Request(label, side, unit) for side in column], stream.read())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{request.name}: the gzip data are corrupt or truncated ({error})") from error
+        raise ValueError(f"{label}: the gzip data are corrupt or truncated ({error})") from error
     try:
-        return as_lengths(values)
+        return as_lengths(values, pairs=column is not None or suffix == ".npy")
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{request.name}: {error}") from None
+        raise type(error)(f"{label}: {error}") from None
 
 
-def _as_vector(lengths: ArrayLike) -> NDArray[Any]:
+def _read_pairs(
+    reader: "Callable[[_Request, BinaryIO], ArrayLike]", sides: "list[_Request]", content: bytes
+) -> ArrayLike:
+    if len(sides) != 2 or sides[0].column == sides[1].column:
+        raise ValueError(f"pairs are in two columns, source and target, got {[side.column for side in sides]}")
+    source, target = (np.asarray(reader(side, io.BytesIO(content))) for side in sides)
+    if len(source) != len(target):
+        raise ValueError(
+            f"{sides[0].name}: column {sides[0].column!r} has {len(source)} rows, column {sides[1].column!r} "
+            f"{len(target)}: pairs need one of each"
+        )
+    return np.stack([source, target], axis=1)
+
+
+def _as_array(lengths: ArrayLike, pairs: bool) -> NDArray[Any]:
     try:
         array = np.asarray(lengths)
     except ValueError as error:  # rows of different lengths
-        raise ValueError(f"lengths must have one dimension: {error}") from None
-    if array.ndim != 1 or not len(array):
-        what = f"{type(lengths).__name__} of shape {array.shape}"
-        raise ValueError(f"lengths must have one dimension and name at least one sequence, got {what}")
-    return array
+        wanted = "one number a sequence, or source and target of each pair, (N, 2)" if pairs else "one dimension"
+        raise ValueError(f"lengths must have {wanted}: {error}") from None
+    if (len(array.shape) == 1 and len(array)) or (pairs and array.ndim == 2 and array.shape[1] == 2 and len(array)):
+        return array
+    what = f"{type(lengths).__name__} of shape {array.shape}"
+    if pairs and array.ndim == 2 and len(array) == 2:
+        raise ValueError(
+            f"lengths of pairs must be (N, 2), one row a pair, got {what}: np.stack(..., axis=1) makes them"
+        )
+    if not pairs and array.ndim == 2 and array.shape[1] == 2:
+        raise ValueError(f"one length a sequence is needed here, got {what}: pairs go to Padding and Bucketing")
+    also = ", or two for pairs, (N, 2)," if pairs else ""
+    raise ValueError(f"lengths must have one dimension{also} and name at least one sequence, got {what}")
 
 
 def _not_integers(array: NDArray[Any]) -> str:
@@ -195,7 +230,7 @@ def _not_integers(array: NDArray[Any]) -> str:
         return f"{message}{holes} round them as you see fit, then .astype(np.int64)"
     if array.dtype.kind == "b":
         return f"{message}: a mask is no length; if 0 and 1 are meant, .astype(np.int64)"
-    return f"{message} (first value {array[0]!r:.40}): convert them with .astype(np.int64)"
+    return f"{message} (first value {array.flat[0]!r:.40}): convert them with .astype(np.int64)"
 
 
 def _exact_sum(array: NDArray[Any]) -> int:

@@ -21,7 +21,7 @@ __all__ = ["Padding"]
 
 @dataclass(frozen=True, repr=False)
 class Padding(Strategy):
-    """Batches of `batch_size` sequences, padded to the longest of each batch.
+    """Batches of `batch_size` sequences, padded to the longest of each batch; pairs to the longest of each side.
 
     Args:
         batch_size: Lanes of a batch, one sequence each.
@@ -35,6 +35,8 @@ class Padding(Strategy):
     >>> plan = Padding(2).plan([5, 1, 4, 2, 3])
     >>> plan.tokens, plan.lanes
     (15, array([2, 2, 1]))
+    >>> Padding(2, shuffle=False).plan([[5, 2], [1, 4], [3, 3]]).steps.tolist()
+    [[5, 4], [3, 3]]
     """
 
     batch_size: int
@@ -46,14 +48,14 @@ class Padding(Strategy):
     at_least: ClassVar[dict[str, int]] = {"batch_size": 1, "pad_to_multiple_of": 1}
 
     def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
-        pieces, dropped = not_empty(as_lengths(lengths))
+        pieces, dropped = not_empty(as_lengths(lengths, pairs=True))
         order = self._order(len(pieces.length), seed, epoch)
         full = len(order) - len(order) % self.batch_size if self.drop_last else len(order)
         left_out = dropped_rows("drop_last", *pieces.take(order[full:]), pieces.length[order[full:]])
         sequence, start = pieces.take(order[:full])
         length = pieces.length[order[:full]]
         begins = np.arange(0, full, self.batch_size)
-        longest = np.maximum.reduceat(length, begins) if full else begins
+        longest = np.maximum.reduceat(length, begins) if full else length[:0]
         return Plan(
             sequence=sequence,
             start=start,

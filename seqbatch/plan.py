@@ -13,7 +13,7 @@ and what the simulator counts is what a loader runs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from os import PathLike
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from seqbatch import planfile
 from seqbatch.ordering import IntArray
-from seqbatch.pieces import DROPPED, dropped_rows
+from seqbatch.pieces import DROPPED, DROPPED_PAIRS, dropped_rows, dropped_side
 from seqbatch.sharding import History, Schedule, check_history, lane_ranges, schedule
 from seqbatch.strategy import MOST, check_choice, check_cost, check_integer
 
@@ -49,6 +49,7 @@ class BatchPlan(NamedTuple):
     left_context: IntArray | None
     right_context: IntArray | None
     steps: int
+    """Of a plan of pairs, a list of two."""
     lanes: int
 
 
@@ -57,13 +58,13 @@ class Plan:
     """One epoch: M batches, P pieces. Strategies make plans; all columns are read-only int64.
 
     Args:
-        sequence: (P,) which sequence a piece is of.
+        sequence: (P,) which sequence a piece is of; a pair counts as one.
         start: (P,) its first token in that sequence, context included.
-        length: (P,) its tokens, context included, at least 1.
+        length: (P,) its tokens, context included, at least 1; (P, 2) of both sides of pairs.
         step: (P,) the step of its batch at which its first token lies.
         lane: (P,) its lane.
         batch_ptr: (M + 1,) pieces ``batch_ptr[i] : batch_ptr[i + 1]`` form batch i.
-        steps: (M,) rows of each grid (T).
+        steps: (M,) rows of each grid (T); (M, 2) of the two grids of a batch of pairs.
         lanes: (M,) columns of each grid (B), empty ones too.
         carry: Whether the state of a lane flows from a batch to the next.
         left_context: (P,) tokens at the front of a piece that are computed but carry no loss.
@@ -104,6 +105,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         pieces, batches = len(self.sequence), len(self.steps)
+        tail = np.shape(self.length)[1:]
+        shapes = dict.fromkeys(("length", "steps"), tail if tail == (2,) else ())
         for names, size in ((_PIECES + _CONTEXT, pieces), (("steps", "lanes"), batches), (("batch_ptr",), batches + 1)):
             for name in names:
                 column = getattr(self, name)
@@ -113,19 +116,30 @@ class Plan:
                 if column.dtype.kind not in "iu" and column.size:
                     raise ValueError(f"column {name} must hold integers, got {column.dtype}")
                 column = column.astype(np.int64, copy=False).view()
-                if column.shape != (size,):
-                    raise ValueError(f"column {name} has shape {column.shape}, expected ({size},)")
+                if column.shape != (size, *shapes.get(name, ())):
+                    raise ValueError(
+                        f"column {name} has shape {column.shape}, expected {(size, *shapes.get(name, ()))}"
+                    )
                 column.flags.writeable = False
                 object.__setattr__(self, name, column)
         ptr = self.batch_ptr
         if ptr[0] != 0 or ptr[-1] != pieces or (np.diff(ptr) < 0).any():
             raise ValueError(f"batch_ptr must rise from 0 to the {pieces} pieces, got {ptr}")
-        if (self.steps.astype(np.float64) * self.lanes).sum() > MOST:
+        if self.pairs:
+            self._check_pairs()
+        if (self._lane_cells.astype(np.float64) * self.lanes).sum() > MOST:
             raise ValueError("the plan has more than 2**62 cells: smaller batches, lengths or multiples would do")
         check_integer("seed", self.seed, at_least=0)
         check_integer("epoch", self.epoch, at_least=0)
         if not (isinstance(self.shuffle, bool) and isinstance(self.carry, bool) and isinstance(self.strategy, str)):
             raise ValueError("shuffle and carry must be True or False, and strategy a text")
+
+    def _check_pairs(self) -> None:
+        """Raise for what a plan of pairs cannot have, and give what it dropped both lengths."""
+        if self.carry or self.left_context is not None or self.right_context is not None or self.step.any():
+            raise ValueError("a plan of pairs has one whole pair a lane: no carry, no context, and every step 0")
+        if not len(self.dropped):
+            object.__setattr__(self, "dropped", np.empty(0, dtype=DROPPED_PAIRS))
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -141,7 +155,7 @@ class Plan:
         part = slice(self.batch_ptr[number], self.batch_ptr[number + 1])
         columns = (getattr(self, name) for name in _PIECES + _CONTEXT)
         pieces = (None if column is None else column[part] for column in columns)
-        return BatchPlan(*pieces, steps=int(self.steps[number]), lanes=int(self.lanes[number]))  # type: ignore[misc, arg-type]
+        return BatchPlan(*pieces, steps=self.steps[number].tolist(), lanes=int(self.lanes[number]))  # type: ignore[misc, arg-type]
 
     def __iter__(self) -> Iterator[BatchPlan]:
         return (self[i] for i in range(len(self)))
@@ -152,16 +166,49 @@ class Plan:
             f" ({self.padding_efficiency:.1%}), by {self.strategy or 'hand'}, seed {self.seed}, epoch {self.epoch}>"
         )
 
+    @property
+    def pairs(self) -> bool:
+        """Whether its pieces are pairs, with two lengths each."""
+        return self.length.ndim == 2
+
+    @cached_property
+    def sides(self) -> "tuple[Plan, ...]":
+        """The two plans of one length each that a plan of pairs is made of; of any other plan, itself alone.
+
+        They have the same batches, lanes and pieces, and what is dropped.
+
+        >>> import seqbatch
+        >>> plan = seqbatch.Padding(2, shuffle=False).plan([[3, 4], [1, 2]])
+        >>> [side.steps.tolist() for side in plan.sides], plan.cells
+        ([[3], [4]], 14)
+        """
+        if not self.pairs:
+            return (self,)
+        return tuple(
+            replace(
+                self,
+                length=self.length[:, side],
+                steps=self.steps[:, side],
+                dropped=dropped_side(self.dropped, side),
+            )
+            for side in range(2)
+        )
+
+    @cached_property
+    def _lane_cells(self) -> IntArray:
+        """(M,) cells of each lane of a batch."""
+        return self.steps.sum(axis=1) if self.pairs else self.steps
+
     @cached_property
     def tokens(self) -> int:
-        """Real tokens, each once: those of all pieces without their context."""
+        """Real tokens, each once: those of all pieces without their context, of pairs on both sides."""
         context = sum(int(c.sum()) for c in (self.left_context, self.right_context) if c is not None)
         return int(self.length.sum()) - context
 
     @cached_property
     def cells(self) -> int:
-        """Steps times lanes of every batch, empty lanes too: what is computed."""
-        return int((self.steps * self.lanes).sum())
+        """Steps times lanes of every batch, empty lanes too: what is computed. Of pairs, on both sides."""
+        return int((self._lane_cells * self.lanes).sum())
 
     @property
     def padding_efficiency(self) -> float:
@@ -177,7 +224,7 @@ class Plan:
         sha = sha256(f"plan {planfile.VERSION}, carry {self.carry}, dropped {len(self.dropped)}".encode())
         for name in _BATCHES + _PIECES + _CONTEXT:
             column = getattr(self, name)
-            sha.update(f"{name} {None if column is None else len(column)}".encode())
+            sha.update(f"{name} {None if column is None else 'x'.join(map(str, column.shape))}".encode())
             if column is not None:
                 small = np.ascontiguousarray(planfile.narrow(column))
                 sha.update(f"{small.dtype.kind}{small.dtype.itemsize} {len(small)}".encode())
@@ -190,7 +237,7 @@ class Plan:
 
         The linear part counts cells. The quadratic part counts, for each lane, the square of its
         steps; in a plan whose lanes hold several pieces (splicing, packing) attention stays inside
-        them, so it is the sum of their squared lengths.
+        them, so it is the sum of their squared lengths. The two sides of pairs add up.
 
         Args:
             cost: (a, b), neither negative, not both 0.
@@ -202,6 +249,8 @@ class Plan:
         >>> seqbatch.Padding(2, shuffle=False).plan([3, 1, 2]).costs((1.0, 0.5))
         array([15.,  4.])
         """
+        if self.pairs:
+            return self.sides[0].costs(cost) + self.sides[1].costs(cost)
         a, b = check_cost(cost)
         linear = (self.steps * self.lanes).astype(np.float64)
         if b == 0:
@@ -213,19 +262,23 @@ class Plan:
     def to_frame(self) -> "pd.DataFrame":
         """Return a pandas frame, one row per batch: steps, lanes, cells, tokens, pieces.
 
+        Of pairs, ``steps`` is the sum of ``source_steps`` and ``target_steps``.
+
         >>> import seqbatch
         >>> seqbatch.Padding(2, shuffle=False).plan([3, 1, 2]).to_frame().to_dict("list")
         {'steps': [3, 2], 'lanes': [2, 1], 'cells': [6, 2], 'tokens': [4, 2], 'pieces': [2, 1]}
         """
         import pandas as pd
 
-        tokens = self.length
+        tokens = self.length.sum(axis=1) if self.pairs else self.length
         for context in (self.left_context, self.right_context):
             tokens = tokens if context is None else tokens - context
+        both = {"source_steps": self.steps[:, 0], "target_steps": self.steps[:, 1]} if self.pairs else {}
         columns = {
-            "steps": self.steps,
+            "steps": self._lane_cells,
+            **both,
             "lanes": self.lanes,
-            "cells": self.steps * self.lanes,
+            "cells": self._lane_cells * self.lanes,
             "tokens": self._sum_per_batch(tokens),
             "pieces": np.diff(self.batch_ptr),
         }
@@ -412,8 +465,13 @@ class Plan:
         return plan
 
     def _check_grid(self) -> None:
-        if self.dropped.dtype != DROPPED:
-            raise ValueError(f"dropped has the columns {self.dropped.dtype}, expected {DROPPED}")
+        expected = DROPPED_PAIRS if self.pairs else DROPPED
+        if self.dropped.dtype != expected:
+            raise ValueError(f"dropped has the columns {self.dropped.dtype}, expected {expected}")
+        if self.pairs:
+            for side in self.sides:
+                side._check_grid()
+            return
         batch = np.repeat(np.arange(len(self)), np.diff(self.batch_ptr))
         inside = (self.step >= 0) & (self.lane >= 0) & (self.lane < self.lanes[batch]) & (self.start >= 0)
         inside &= (self.length > 0) & (self.step + self.length <= self.steps[batch]) & (self.sequence >= 0)

@@ -89,6 +89,6 @@ def narrow(array: NDArray[Any]) -> NDArray[Any]:
 def _widen(array: NDArray[Any], size: int) -> NDArray[Any]:
     if array.dtype.kind not in "iu":
         return array
-    if array.shape not in ((size,), (1,)):
+    if array.ndim not in (1, 2) or len(array) not in (size, 1):
         raise ValueError(f"a column of {array.shape} where {size} were written")
-    return np.broadcast_to(array.astype(np.int64), (size,))
+    return np.broadcast_to(array.astype(np.int64), (size, *array.shape[1:]))

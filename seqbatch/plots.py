@@ -37,14 +37,14 @@ def plot_efficiency(frame: "pd.DataFrame", *, lengths: ArrayLike | None = None, 
 
     Args:
         frame: Rows of `simulate`, or any with the columns strategy, batch_size and padding_efficiency.
-        lengths: The lengths simulated, for the line of theory; None leaves it out.
+        lengths: The lengths simulated, for the line of theory, which there is none of pairs; None leaves it out.
         ax: Where to draw; None makes a figure.
     """
     from seqbatch.distributions import expected_efficiency
 
     ax = ax or _new_axes()
     sizes = sorted(frame["batch_size"].dropna().unique())
-    if lengths is not None and sizes:
+    if lengths is not None and np.ndim(lengths) == 1 and sizes:
         theory = [expected_efficiency(lengths, int(size)) for size in sizes]
         ax.plot(sizes, theory, color="0.6", linewidth=5, solid_capstyle="round", label="padding, exact expectation",
                 zorder=1)  # fmt: skip

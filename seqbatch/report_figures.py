@@ -17,6 +17,8 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("the page needs matplotlib for its figures: pip install 'seqbatch[plot]'") from None
 
+import numpy as np
+
 from seqbatch.fitting import fit
 from seqbatch.packing import Packing
 from seqbatch.plots import plot_batches, plot_efficiency, plot_lengths, plot_measured, plot_prediction
@@ -76,20 +78,22 @@ def timelines(comparison: "Comparison") -> str:
     lengths = comparison.lengths
     # As many steps for all, so that their widths compare.
     steps = round(_LANES * float(lengths[lengths > 0].mean()))
+    names = ("",) if lengths.ndim == 1 else (", sources", ", targets")
     seed = int(str(comparison.setting.get("seed", 0)))
     figures = []
     for name, strategy in _drawn(comparison):
         plan = strategy.plan(lengths, seed=seed)
         lanes = min(24, int(plan.lanes.max()))
         used = f"{name.replace('_', ' ')} uses {plan.padding_efficiency:.1%} of the cells of an epoch"
-        figures.append(
+        figures += [
             figure(
-                partial(_draw_batches, plan, steps),
-                f"Batches of {plan.strategy} as grids of pieces: {used}.",
-                f"{used[0].upper()}{used[1:]}; {len(plan):,} batches.",
+                partial(_draw_batches, side, steps),
+                f"Batches of {plan.strategy} as grids of pieces{which}: {used}.",
+                f"{used[0].upper()}{used[1:]}; {len(plan):,} batches{which}.",
                 height=0.55 + 0.075 * lanes,
             )
-        )
+            for which, side in zip(names, plan.sides, strict=True)
+        ]
     hint = (
         f'<p class="hint">Steps run rightwards, {steps:,} in each figure; lanes are rows. A piece of a sequence has a '
         "shade of its own; hatched cells are padding, computed for nothing. Below a batch: its steps × lanes. Drawn "
@@ -104,7 +108,7 @@ def _draw_batches(plan: "Plan", steps: int, ax: "Axes") -> object:
 
 def _drawn(comparison: "Comparison") -> Iterator[tuple[str, "Strategy"]]:
     """One strategy of each kind, at a size at which pieces can be seen: the recommended one, or the first named."""
-    lengths, frame = comparison.lengths[comparison.lengths > 0], comparison.frame
+    lengths, frame = comparison.lengths, comparison.frame
     chosen = comparison.recommendation.strategy if comparison.recommendation else None
     names = [name for name in frame["strategy"].unique() if name in STRATEGIES]
     kinds: dict[type, tuple[str, Strategy]] = {}
@@ -118,15 +122,18 @@ def _drawn(comparison: "Comparison") -> Iterator[tuple[str, "Strategy"]]:
 
 def ground_figures(comparison: "Comparison") -> str:
     """What the numbers rest on: the lengths, and predictions against measurements."""
-    array = comparison.lengths[comparison.lengths > 0]
-    lengths = figure(
-        lambda ax: plot_lengths(array, ax=ax),
-        f"Histogram of {len(array):,} lengths, mean {array.mean():.4g}, longest {array.max():,}.",
-        _fit_caption(comparison.lengths),
-        columns=1,
-    )
+    names = ("",) if comparison.lengths.ndim == 1 else ("Sources. ", "Targets. ")
+    lengths = [
+        figure(
+            partial(_draw_lengths, array),
+            f"{which}Histogram of {len(array):,} lengths, mean {array.mean():.4g}, longest {array.max():,}.",
+            which + _fit_caption(array),
+            columns=1,
+        )
+        for which, array in zip(names, [side[side > 0] for side in np.atleast_2d(comparison.lengths.T)], strict=True)
+    ]
     if comparison.calibration is None:
-        return _figures(lengths)
+        return _figures(*lengths)
     frame, points, device = comparison.frame, comparison.calibration.points, comparison.calibration.device
     held_out = ~points["fitted"].astype(bool)
     off = (points["predicted"] / points["seconds"] - 1).abs()
@@ -144,7 +151,11 @@ def ground_figures(comparison: "Comparison") -> str:
         f"{said}The model: {device.batch_us:.4g} µs a batch, {device.step_us:.4g} µs a step and "
         f"{device.cell_ns:.4g} ns a cell{large}, fitted to {(~held_out).sum()} full grids.",
     )
-    return _figures(lengths, prediction)
+    return _figures(*lengths, prediction)
+
+
+def _draw_lengths(lengths: Any, ax: "Axes") -> object:
+    return plot_lengths(lengths, ax=ax)
 
 
 def _fit_caption(lengths: Any) -> str:

@@ -26,7 +26,7 @@ from seqbatch.strategy import Strategy, check_choice, check_integer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["STRATEGIES", "DeviceModel", "rank_balance", "re_meeting", "simulate", "sized"]
+__all__ = ["PAIR_STRATEGIES", "STRATEGIES", "DeviceModel", "named", "rank_balance", "re_meeting", "simulate", "sized"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class DeviceModel:
 
     def seconds(self, plan: Plan) -> float:
         """Return how long the batches of `plan` take, one after another."""
-        return float(self.times(plan.steps, plan.steps * plan.lanes).sum())
+        steps = plan.steps.sum(axis=1) if plan.pairs else plan.steps
+        return float(self.times(steps, steps * plan.lanes).sum())
 
 
 class _Scale(NamedTuple):
@@ -86,6 +87,7 @@ class _Scale(NamedTuple):
     mean: float
     longest: int
     chunk_size: int
+    buckets: int = 8
 
     @property
     def tokens(self) -> int:
@@ -100,7 +102,7 @@ STRATEGIES: dict[str, Callable[[_Scale], Strategy]] = {
     "padding": lambda s: Padding(s.lanes),
     "pool_sort": lambda s: Bucketing(batch_size=s.lanes, window=20 * s.lanes),
     "token_budget": lambda s: Bucketing(max_tokens=s.tokens),
-    "buckets": lambda s: Bucketing(max_tokens=s.tokens, num_buckets=8),
+    "buckets": lambda s: Bucketing(max_tokens=s.tokens, num_buckets=s.buckets),
     "static_shapes": lambda s: Bucketing(max_tokens=s.tokens, static_shapes=True),
     "splicing": lambda s: Splicing(s.lanes, s.chunk_size),
     "splicing_round_robin": lambda s: Splicing(s.lanes, s.chunk_size, assign="round_robin"),
@@ -111,11 +113,15 @@ STRATEGIES: dict[str, Callable[[_Scale], Strategy]] = {
 }
 """The strategies that `simulate` knows by name; a batch size stands for that many lanes of mean length."""
 
+PAIR_STRATEGIES = ("padding", "pool_sort", "token_budget", "buckets", "static_shapes")
+"""Those that place pairs."""
+_PAIR_BUCKETS = 48  # two dimensions take more buckets than one
+
 
 def simulate(
     lengths: ArrayLike,
     *,
-    strategies: Iterable[str | Strategy] = tuple(STRATEGIES),
+    strategies: Iterable[str | Strategy] | str | None = None,
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
     chunk_size: int = 35,
     device: DeviceModel | None = None,
@@ -127,11 +133,11 @@ def simulate(
     """Plan each strategy at each batch size and count what it wastes.
 
     Args:
-        lengths: (N,) tokens of each sequence.
-        strategies: Names of :data:`STRATEGIES`, sized by `batch_sizes`: lanes for padding, splicing and
-            chunks; a budget of ``max(longest, round(B * mean))`` tokens; bins as long as the longest
-            sequence and the number of rows nearest to ``B * mean`` tokens. Or strategies themselves,
-            which are counted once, whatever the batch sizes.
+        lengths: (N,) tokens of each sequence, or (N, 2) of the two sides of pairs.
+        strategies: Names of :data:`STRATEGIES`, by default all (for pairs those that place them), sized by
+            `batch_sizes`: lanes for padding, splicing and chunks; a budget of ``max(longest, round(B * mean))``
+            tokens; bins as long as the longest sequence and the number of rows nearest to ``B * mean`` tokens.
+            Or strategies themselves, which are counted once, whatever the batch sizes.
         batch_sizes: B of each row.
         chunk_size: Steps of a window or chunk.
         device: Predicts the throughput; see :class:`DeviceModel`.
@@ -143,7 +149,7 @@ def simulate(
     Returns:
         One row per strategy and batch size: ``strategy``, ``batch_size`` (lanes), ``settings`` (the
         constructor call), ``padding_efficiency``, ``tokens``, ``cells``, ``steps`` (sequential, over all
-        batches), ``batches``, ``budget_use`` (tokens / budgets; strategies without one have none),
+        batches, of pairs on both sides), ``batches``, ``budget_use`` (tokens / budgets; none without one),
         ``over_budget`` (batches), ``rank_balance`` (mean / max cost over ranks), ``re_meeting`` (share
         of mates that meet again next epoch), ``dropped`` (sequences, empty ones not counted) and
         ``tokens_per_s`` (real tokens, predicted).
@@ -155,11 +161,11 @@ def simulate(
     import pandas as pd
     from tqdm import tqdm
 
-    array = as_lengths(lengths)
-    strategies = [strategies] if isinstance(strategies, str) else strategies
+    array = as_lengths(lengths, pairs=True)
+    chosen = named(strategies, tuple(STRATEGIES), pairs=array.ndim == 2)
     sizes = [check_integer("a batch size", size, at_least=1) for size in batch_sizes]
     check_integer("num_replicas", num_replicas, at_least=1)
-    jobs = list(sized(array[array > 0], strategies, sizes, chunk_size))
+    jobs = list(sized(array, chosen, sizes, chunk_size))
     device = device or DeviceModel()
     bar = tqdm(jobs, disable=None if progress else True, unit="plan", leave=False)
     return pd.DataFrame(
@@ -199,8 +205,23 @@ def _budget(strategy: Strategy, plan: Plan) -> tuple[int, int]:
         return strategy.capacity * strategy.rows, 0
     if not isinstance(strategy, Bucketing) or strategy.max_tokens is None:
         return 0, 0
-    over = int((plan.costs(strategy.cost) > strategy.max_tokens).sum())
-    return strategy.max_tokens if strategy.cost == (1.0, 0.0) else 0, over
+    over = int((plan.lanes > strategy.lanes_at(plan.steps)).sum())
+    counts_tokens = strategy.cost == (1.0, 0.0) and (strategy.budget == "sum" or not plan.pairs)
+    return strategy.max_tokens if counts_tokens else 0, over
+
+
+def named(
+    strategies: "Iterable[str | Strategy] | str | Strategy | None", default: Sequence[str], *, pairs: bool
+) -> list[str | Strategy]:
+    """Return strategies as a list: one alone, ``"all"``, or those of `default`; of the names, those that take pairs.
+
+    >>> named(None, ["padding", "packing"], pairs=True)
+    ['padding']
+    """
+    if strategies is None or (isinstance(strategies, str) and strategies == "all"):
+        names = default if strategies is None else STRATEGIES
+        return [name for name in names if not pairs or name in PAIR_STRATEGIES]
+    return [strategies] if isinstance(strategies, str | Strategy) else list(strategies)
 
 
 def sized(
@@ -208,15 +229,21 @@ def sized(
 ) -> Iterable[tuple[str, int | None, Strategy]]:
     """Yield (name, batch size, strategy): each name of `strategies` at each size, strategies themselves once."""
     array = np.asarray(lengths)
+    pairs = array.ndim == 2
+    array = array[array.min(axis=1) > 0].sum(axis=1) if pairs else array[array > 0]
     if not len(array):
         raise ValueError("every sequence is empty: there is nothing to plan")
+    buckets = _PAIR_BUCKETS if pairs else 8
     for strategy in strategies:
         if isinstance(strategy, Strategy):
             yield type(strategy).__name__, None, strategy
             continue
-        check_choice("a strategy", strategy, tuple(STRATEGIES))
+        check_choice(
+            "a strategy for pairs" if pairs else "a strategy", strategy, PAIR_STRATEGIES if pairs else tuple(STRATEGIES)
+        )
         for size in sizes:
-            yield strategy, size, STRATEGIES[strategy](_Scale(size, float(array.mean()), int(array.max()), chunk_size))
+            scale = _Scale(size, float(array.mean()), int(array.max()), chunk_size, buckets)
+            yield strategy, size, STRATEGIES[strategy](scale)
 
 
 def rank_balance(plan: Plan, num_replicas: int = 8, *, cost: tuple[float, float] = (1.0, 0.0)) -> float | None:

@@ -48,7 +48,8 @@ class Strategy(ABC):
 
         Args:
             lengths: (N,) tokens of each sequence, any integer dtype. A sequence of length 0 takes no
-                cell and is listed in ``plan.dropped``.
+                cell and is listed in ``plan.dropped``. ``Padding`` and ``Bucketing`` take (N, 2) too,
+                source and target of pairs, and list pairs with an empty side.
             seed: Together with `epoch` decides every random choice; an integer from 0 up.
             epoch: A new epoch meets new batch mates.
 
@@ -57,8 +58,8 @@ class Strategy(ABC):
 
         Raises:
             TypeError: `lengths` are not integers.
-            ValueError: no lengths, a negative one, more than one dimension, or a sequence that
-                these settings cannot place.
+            ValueError: no lengths, a negative one, another shape, or a sequence that these settings
+                cannot place.
         """
 
     def _order(self, count: int, seed: int, epoch: int) -> IntArray:

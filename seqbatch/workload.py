@@ -99,8 +99,11 @@ class Workload:
         """Return the steps, the cells and the calls of kernels that each batch costs.
 
         An LSTM inserts a step for each reset in a lane, and on CPU leaves out lanes that have ended, in several calls.
-        A BN-LSTM computes no padding.
+        A BN-LSTM computes no padding. The two sides of pairs are two runs.
         """
+        if plan.pairs:
+            source, target = (self.effort(side) for side in plan.sides)
+            return source[0] + target[0], source[1] + target[1], source[2] + target[2]
         calls = np.ones_like(plan.steps)
         if self.cell not in ("lstm", "bnlstm") or not len(plan):
             return plan.steps, plan.steps * plan.lanes, calls

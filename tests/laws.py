@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from seqbatch import Bucketing, Chunking, Packing, Padding, Splicing
+from seqbatch.pieces import dropped_side
 from seqbatch.plan import Plan
 from seqbatch.strategy import Strategy
 
@@ -16,10 +17,19 @@ def new_tokens(plan: Plan) -> np.ndarray:
     return np.stack([plan.sequence, plan.start + left, plan.length - left - right], axis=1)
 
 
-def law_exactly_once(lengths: np.ndarray, *plans: Plan, dropped: np.ndarray | None = None) -> None:
-    """Every token outside context lies in exactly one piece or one row of what was dropped."""
+def law_exactly_once(
+    lengths: np.ndarray, *plans: Plan, dropped: np.ndarray | None = None, empty: np.ndarray | None = None
+) -> None:
+    """Every token outside context lies in exactly one piece or one row of what was dropped; of pairs, on both sides."""
     if dropped is None:
         dropped = plans[0].dropped
+    if lengths.ndim == 2:
+        empty = lengths.min(axis=1) == 0
+        for side in range(2):
+            rest = dropped_side(dropped, side)
+            law_exactly_once(lengths[:, side], *(plan.sides[side] for plan in plans), dropped=rest, empty=empty)
+        return
+    empty = lengths == 0 if empty is None else empty
     rows = np.stack([dropped["sequence"], dropped["start"], dropped["length"]], axis=1)
     pieces = np.concatenate([*(new_tokens(plan) for plan in plans), rows[rows[:, 2] > 0]])
     assert (pieces[:, 2] > 0).all(), "a piece without a new token"
@@ -32,14 +42,18 @@ def law_exactly_once(lengths: np.ndarray, *plans: Plan, dropped: np.ndarray | No
     expected = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
     assert (begins[order] == expected).all(), "a token placed twice or not at all"
     assert (ends[-1] if len(ends) else 0) == offset[-1], "tokens missing at the end"
-    empty = np.sort(dropped["sequence"][dropped["reason"] == "empty"])
-    assert (np.flatnonzero(lengths == 0) == empty).all() if len(empty) else (lengths > 0).all(), "empty ones not listed"
+    listed = np.sort(dropped["sequence"][dropped["reason"] == "empty"])
+    assert listed.tolist() == np.flatnonzero(empty).tolist(), "empty ones not listed"
     for plan in plans:
         assert plan.tokens == new_tokens(plan)[:, 2].sum()
 
 
 def law_disjoint(plan: Plan) -> None:
     """Pieces lie inside their grid and no two share a cell."""
+    if plan.pairs:
+        for side in plan.sides:
+            law_disjoint(side)
+        return
     batch = np.repeat(np.arange(len(plan)), np.diff(plan.batch_ptr))
     assert (plan.lane >= 0).all()
     assert (plan.lane < plan.lanes[batch]).all(), "a piece beside its grid"
@@ -67,6 +81,8 @@ def law_budget(plan: Plan, strategy: Strategy) -> None:
             a, b = strategy.cost
             limit = strategy.max_tokens or strategy.batch_size
             each = a * plan.steps + b * plan.steps**2 if strategy.max_tokens else np.ones(len(plan))
+            if each.ndim == 2:
+                each = {"sum": np.sum, "max": np.max}[strategy.budget](each, axis=1)
             within = plan.lanes * each <= limit * (1 + 1e-6)
             alone = (strategy.overlong == "alone") & (plan.lanes == 1) & (pieces == 1)
             assert (within | alone).all(), "a batch over budget"
@@ -90,6 +106,10 @@ def law_budget(plan: Plan, strategy: Strategy) -> None:
 def law_tight(plan: Plan, strategy: Strategy) -> None:
     """Where nothing asks for more, a grid ends with its last piece and has no lane without one."""
     if isinstance(strategy, Packing) or getattr(strategy, "static_shapes", False):
+        return
+    if plan.pairs:
+        for side in plan.sides:
+            law_tight(side, strategy)
         return
     ends = np.maximum.reduceat(plan.step + plan.length, plan.batch_ptr[:-1]) if len(plan) else plan.steps
     multiple = getattr(strategy, "pad_to_multiple_of", 1)
@@ -115,16 +135,16 @@ def law_ranks(lengths: np.ndarray, plan: Plan, num_replicas: int, tail: str = "s
     shards = [plan.shard(rank, num_replicas, tail=tail) for rank in range(num_replicas)]
     assert len({len(shard) for shard in shards}) == 1, "ranks of different length"
     law_exactly_once(lengths, *shards, dropped=shards[0].dropped)
-    for shard in shards:
-        batch = np.repeat(np.arange(len(shard)), np.diff(shard.batch_ptr))
-        assert (shard.step + shard.length <= shard.steps[batch]).all()
-        assert (shard.lane < shard.lanes[batch]).all()
-        assert (shard.lanes >= 1).all()
+    for side in (side for shard in shards for side in shard.sides):
+        batch = np.repeat(np.arange(len(side)), np.diff(side.batch_ptr))
+        assert (side.step + side.length <= side.steps[batch]).all()
+        assert (side.lane < side.lanes[batch]).all()
+        assert (side.lanes >= 1).all()
     if plan.carry:
         law_carried_ranks(plan, shards)
         return
     full = len(plan) // num_replicas
-    cells = np.stack([shard.steps * shard.lanes for shard in shards])[:, :full]
+    cells = np.stack([shard.costs() for shard in shards])[:, :full]
     if plan.shuffle and full:
         highest, lowest = cells.max(axis=0), cells.min(axis=0)
         order = np.lexsort((highest, lowest))

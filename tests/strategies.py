@@ -34,12 +34,73 @@ ALL = {
     "packing, truncated": lambda longest: Packing(1 + longest // 2, overlong="truncate"),
 }
 
+# The same of pairs; scaled by the longest sum.
+PAIRS = {
+    "padding": lambda longest: Padding(16),
+    "token budget": lambda longest: Bucketing(max_tokens=8 * longest),
+    "budget of the longer side": lambda longest: Bucketing(max_tokens=4 * longest, budget="max", batch_size_multiple=4),
+    "quadratic budget": lambda longest: Bucketing(max_tokens=16 * longest, cost=(1.0, 1.0 / longest)),
+    "pool sort": lambda longest: Bucketing(batch_size=16, window=320),
+    "buckets": lambda longest: Bucketing(max_tokens=8 * longest, num_buckets=12, pad_to_multiple_of=4),
+    "static shapes": lambda longest: Bucketing(max_tokens=8 * longest, static_shapes=True, overlong="drop"),
+    "edges": lambda longest: Bucketing(
+        max_tokens=2 * longest,
+        bucket_edges=[(longest // 4, longest // 4), (longest // 8, longest // 3)],
+        overlong="alone",
+        drop_last=True,
+    ),
+}
+
 
 def lengths(min_size: int = 1, max_size: int = 120) -> st.SearchStrategy[np.ndarray]:
     """Lengths with empty, equal and very different ones."""
     each = st.one_of(st.integers(0, 3), st.integers(1, 12), st.integers(0, LONGEST))
     equal = st.tuples(st.integers(1, LONGEST), st.integers(min_size, max_size)).map(lambda t: [t[0]] * t[1])
     return st.one_of(st.lists(each, min_size=min_size, max_size=max_size), equal).map(lambda x: np.array(x, np.int64))
+
+
+def pair_lengths(max_size: int = 120) -> st.SearchStrategy[np.ndarray]:
+    """Pairs of lengths with empty sides, equal pairs, and sides that go together."""
+    side = st.integers(0, 3) | st.integers(1, 12) | st.integers(0, LONGEST)
+    near = st.tuples(st.integers(1, LONGEST), st.integers(0, 5)).map(lambda t: (t[0], t[0] + t[1]))
+    rows = st.lists(st.tuples(side, side) | near, min_size=1, max_size=max_size)
+    equal = st.tuples(st.tuples(side, side), st.integers(1, max_size)).map(lambda t: [t[0]] * t[1])
+    return st.one_of(rows, equal).map(lambda x: np.array(x, np.int64))
+
+
+@st.composite
+def pair_bucketings(draw: st.DrawFn) -> Bucketing:
+    """Every combination that pairs allow, over budgets that some pairs break."""
+    settings: dict[str, object] = {
+        "shuffle": draw(st.booleans()),
+        "drop_last": draw(st.booleans()),
+        "pad_to_multiple_of": draw(st.sampled_from([1, 1, 4])),
+        "overlong": draw(st.sampled_from(["drop", "alone"])),
+    }
+    if draw(st.booleans()):
+        settings["batch_size"] = draw(st.integers(1, 12))
+    else:
+        settings["max_tokens"] = draw(st.integers(8, LONGEST) | st.integers(8, 8 * LONGEST))
+        settings["max_sequences"] = draw(st.none() | st.integers(1, 9))
+        settings["batch_size_multiple"] = draw(st.sampled_from([1, 1, 2, 4]))
+        settings["budget"] = draw(st.sampled_from(["sum", "max"]))
+        if draw(st.booleans()):
+            settings["max_tokens"] = draw(st.integers(200, 4000))
+            settings["cost"] = draw(st.sampled_from([(1.0, 0.1), (1.0, 0.02), (0.0, 1.0), (0.5, 0.0)]))
+    match draw(st.sampled_from(["pool", "window", "buckets", "edges"])):
+        case "window":
+            settings["window"] = draw(st.integers(1, 150))
+        case "buckets":
+            settings |= {"num_buckets": draw(st.integers(1, 9)), "static_shapes": draw(st.booleans())}
+        case "edges":
+            side = st.integers(1, LONGEST + 5)
+            edges = st.lists(st.tuples(side, side), min_size=1, max_size=6, unique=True)
+            settings |= {"bucket_edges": draw(edges), "static_shapes": draw(st.booleans())}
+    try:
+        return Bucketing(**settings)
+    except ValueError as refused:  # the one combination that depends on numbers
+        assume("has no room" not in str(refused))
+        raise
 
 
 @st.composite
@@ -149,3 +210,5 @@ KINDS = {
     "chunking": chunkings(),
     "packing": packings(),
 }
+
+PAIR_KINDS = {"padding": paddings(), "bucketing": pair_bucketings()}

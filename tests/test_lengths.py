@@ -86,7 +86,12 @@ def test_more_than_2_to_the_62_tokens_are_refused(values: list[int]) -> None:
         (5, ValueError, r"one dimension .* got int of shape \(\)"),
         ({3, 4}, ValueError, r"one dimension .* got set of shape \(\)"),
         ("34", ValueError, r"one dimension .* got str of shape \(\)"),
-        ([[1, 2], [3, 4]], ValueError, r"one dimension .* got list of shape \(2, 2\)"),
+        (
+            [[1, 2], [3, 4]],
+            ValueError,
+            r"one length a sequence is needed here, got list of shape \(2, 2\): pairs go to",
+        ),
+        ([[1, 2, 3], [3, 4, 5]], ValueError, r"one dimension .* got list of shape \(2, 3\)"),
         ([[1, 2], [3]], ValueError, "one dimension: .*inhomogeneous"),
         ([1.0, 2.0], TypeError, r"got float64: round them .*\.astype\(np\.int64\)"),
         ([1.0, np.nan, np.nan], TypeError, "got float64 with 2 NaN: drop or fill them, round"),
@@ -446,6 +451,62 @@ def test_a_corpus_is_all_there(name: str) -> None:
     assert CORPORA[name] == len(lengths)
     assert lengths.min() > 0
     assert np.int64 == lengths.dtype
+
+
+def test_corpora_of_pairs_are_those_of_their_readme() -> None:
+    """As many as the table says, both sides filled."""
+    readme = Path(str(sys.modules["seqbatch"].__file__)).parent / "corpora" / "README.md"
+    rows = re.findall(r"^\| `(\w+)\.pairs\.gz` \| ([\d,]+) \|", readme.read_text(), re.MULTILINE)
+
+    assert sorted(name for name, _ in rows) == corpus_names(pairs=True)
+    for name, count in rows:
+        lengths = load_corpus(name)
+        assert lengths.shape == (int(count.replace(",", "")), 2)
+        assert lengths.min() > 0
+
+
+# --- pairs ---
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_two_columns_are_pairs(tmp_path: Path, suffix: str) -> None:
+    """Source and target in the order in which they are named."""
+    path = tmp_path / f"pairs.{suffix}"
+    rows = [("a", 3, 4), ("b", 0, 2)]
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+        write(path, parquet(name=["a", "b"], src=[3, 0], tgt=[4, 2]))
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(dict(zip(("name", "src", "tgt"), row, strict=True))) + "\n" for row in rows))
+    else:
+        mark = {"csv": ",", "tsv": "\t"}[suffix]
+        path.write_text("".join(mark.join(map(str, row)) + "\n" for row in [("name", "src", "tgt"), *rows]))
+
+    assert read_lengths(path, column=("src", "tgt")).tolist() == [[3, 4], [0, 2]]
+    assert read_lengths(path, column=("tgt", "src")).tolist() == [[4, 3], [2, 0]]
+    with pytest.raises(ValueError, match="no column 'source'"):
+        read_lengths(path, column=("source", "tgt"))
+    with pytest.raises(ValueError, match=r"pairs are in two columns, source and target, got \['src', 'src'\]"):
+        read_lengths(path, column=("src", "src"))
+
+
+def test_an_array_of_pairs_and_texts_of_pairs(tmp_path: Path) -> None:
+    """A .npy of two columns, and columns of texts."""
+    np.save(tmp_path / "pairs.npy", np.array([[1, 2], [3, 4]]))
+    (tmp_path / "texts.tsv").write_text("en\tzh\na b c\td e\nf\t\n")
+
+    assert read_lengths(tmp_path / "pairs.npy").tolist() == [[1, 2], [3, 4]]
+    assert read_lengths(tmp_path / "texts.tsv", column=("en", "zh"), unit="words").tolist() == [[3, 2], [1, 0]]
+
+
+def test_columns_of_pairs_must_both_be_filled(tmp_path: Path) -> None:
+    """A row without its target is named by its line."""
+    (tmp_path / "a.csv").write_text("src,tgt\n3,4\n5\n")
+    (tmp_path / "b.csv").write_text("src,tgt\n3,4\n5,\n")
+    with pytest.raises(ValueError, match="line 3: 1 columns, where the header has 2"):
+        read_lengths(tmp_path / "a.csv", column=("src", "tgt"))
+    with pytest.raises(ValueError, match="line 3: blank, where a length is needed"):
+        read_lengths(tmp_path / "b.csv", column=("src", "tgt"))
 
 
 def test_an_unknown_corpus_lists_the_known_ones() -> None:

@@ -104,7 +104,7 @@ BAD_LENGTHS = [
     ([3, -1], ValueError, "negative.*-1.*1"),
     ([1.0, 2.0], TypeError, "integers.*float64"),
     ([1.0, float("nan")], TypeError, "NaN|nan"),
-    ([[1, 2], [3, 4]], ValueError, r"\(2, 2\)"),
+    ([[1, 2, 3], [3, 4, 5]], ValueError, r"\(2, 3\)"),
     (["3"], TypeError, "integers"),
     ([True, False], TypeError, "bool"),
     (7, ValueError, r"dimension|\(\)"),

@@ -19,6 +19,22 @@ def greedy_batches(row: Sequence[int], fits: Callable[[int], int], multiple: int
     return batches
 
 
+def greedy_pair_batches(
+    row: Sequence[tuple[int, int]], fits: Callable[[int, int], int], multiple: int = 1
+) -> list[list[tuple[int, int]]]:
+    """Cut a row of pairs into batches: take the next one while ``fits(longest source, longest target)`` allows it."""
+    batches = []
+    while row:
+        size = 1
+        while size < len(row) and size + 1 <= fits(*(max(side) for side in zip(*row[: size + 1], strict=True))):
+            size += 1
+        if size > multiple:
+            size -= size % multiple
+        batches.append(list(row[:size]))
+        row = row[size:]
+    return batches
+
+
 def pool_row(order: Sequence[int], lengths: Sequence[int], window: int) -> list[list[int]]:
     """Lengths of each pool of the order, sorted upwards and downwards in turn."""
     pools = [[lengths[i] for i in order[at : at + window]] for at in range(0, len(order), window)]
@@ -68,3 +84,24 @@ def fewest_cells(lengths: Sequence[int], num_edges: int) -> int:
     values = sorted(set(lengths))
     inner = itertools.combinations(values[:-1], min(num_edges, len(values)) - 1)
     return min(padded_cells(lengths, (*choice, values[-1])) for choice in inner)
+
+
+def fewest_pair_cells(pairs: Sequence[tuple[int, int]], num_edges: int) -> int:
+    """The fewest cells of edges in strips of the sources, each with own target edges, by trying all."""
+    sources = sorted({source for source, _ in pairs})
+    best = None
+    for cuts in _subsets(range(1, len(sources)), num_edges - 1):
+        bounds = [0, *cuts, len(sources)]
+        strips = [[p for p in pairs if p[0] in sources[a:b]] for a, b in itertools.pairwise(bounds)]
+        for shares in itertools.product(range(1, num_edges + 1), repeat=len(strips)):
+            if sum(shares) <= num_edges:
+                cells = sum(
+                    len(strip) * max(s for s, _ in strip) + fewest_cells([t for _, t in strip], share)
+                    for strip, share in zip(strips, shares, strict=True)
+                )
+                best = cells if best is None else min(best, cells)
+    return best
+
+
+def _subsets(values: Sequence[int], most: int) -> list[tuple[int, ...]]:
+    return [subset for size in range(most + 1) for subset in itertools.combinations(values, size)]
