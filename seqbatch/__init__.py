@@ -20,6 +20,7 @@ _HOME = {
     "Packing": "packing",
     "PadCollate": "collators",
     "Padding": "padding",
+    "PairBatch": "pair_batch",
     "PieceDataset": "datasets",
     "Plan": "plan",
     "PlanBatchSampler": "sampler",
@@ -48,6 +49,7 @@ __all__ = [
     "Packing",
     "PadCollate",
     "Padding",
+    "PairBatch",
     "PieceDataset",
     "Plan",
     "PlanBatchSampler",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from seqbatch.loader import make_loader
     from seqbatch.packing import Packing
     from seqbatch.padding import Padding
+    from seqbatch.pair_batch import PairBatch
     from seqbatch.plan import Plan
     from seqbatch.ranks import gather_lanes, global_loss_tokens, scatter_lanes
     from seqbatch.sampler import PlanBatchSampler

@@ -10,21 +10,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seqbatch.batch import SequenceBatch, marks
-from seqbatch.datasets import Fetched, Key
+from seqbatch.datasets import Fetched, FetchedPair, Key
 from seqbatch.ordering import IntArray
+from seqbatch.pair_batch import PairBatch
 from seqbatch.placement import Placement
 from seqbatch.tensors import ignored, padding_of
 
-__all__ = ["ModelInputs", "as_model_inputs", "collate"]
+__all__ = ["ModelInputs", "as_model_inputs", "as_pair_inputs", "collate"]
 
 
 def collate(
-    fetched: Fetched,
+    fetched: Fetched | FetchedPair,
     *,
     layout: str = "time_major",
     padding_value: float | Mapping[Any, float] = 0,
     as_dict: bool = False,
-) -> "SequenceBatch | dict[str, Any]":
+) -> "SequenceBatch | PairBatch | dict[str, Any]":
     """Lay fetched pieces on their grid; the ``collate_fn`` of loaders (with ``functools.partial`` for options).
 
     Args:
@@ -35,11 +36,14 @@ def collate(
         as_dict: Return the inputs of Hugging Face models; see :func:`as_model_inputs`.
 
     Returns:
-        The batch; integer fields become int64.
+        The batch; integer fields become int64. Of pairs a :class:`~seqbatch.PairBatch`.
 
     Raises:
         TypeError: something else than pieces.
     """
+    if isinstance(fetched, FetchedPair):
+        batch = _collate_pair(fetched, "batch_first" if as_dict and layout == "time_major" else layout, padding_value)
+        return as_pair_inputs(batch) if as_dict else batch
     if not isinstance(fetched, Fetched):
         raise TypeError(
             f"collate lays out the pieces that PieceDataset serves, got {type(fetched).__name__}: wrap the dataset in "
@@ -64,7 +68,7 @@ def collate(
         column, padding = columns[fetched.target], ignored(data[fetched.target])
         at = first + begin * stride
         targets = _place(_as_array(column.tokens), column.source + begin + 1, count, at, stride, shape, padding)
-    batch = SequenceBatch(
+    laid = SequenceBatch(
         data=_structure(data),
         placement=placement,
         loss_mask=loss_mask,
@@ -75,7 +79,31 @@ def collate(
         layout=layout,
         padding_value=padding_value,
     )
-    return as_model_inputs(batch) if as_dict else batch
+    return as_model_inputs(laid) if as_dict else laid
+
+
+def _collate_pair(fetched: FetchedPair, layout: str, padding_value: float | Mapping[Any, float]) -> PairBatch:
+    sides = zip(fetched.keys, (fetched.source, fetched.target), strict=True)
+    source, target = (collate(side, layout=layout, padding_value=padding_of(padding_value, key)) for key, side in sides)
+    return PairBatch(source, target, fetched.keys)  # type: ignore[arg-type]
+
+
+def as_pair_inputs(batch: PairBatch) -> "ModelInputs":
+    """Return the keyword arguments of Hugging Face encoder-decoder models for a batch of pairs, (B, T) each.
+
+    ``input_ids`` and ``attention_mask`` of the sources, and the targets as ``labels``, -100 on padding, from which such
+    models make their decoder's inputs.
+    """
+    source, target = batch
+    if target.targets is not None or target.mask is None or source.mask is None:
+        raise ValueError(
+            "Hugging Face models shift labels themselves and take padded rows: leave next_token and layout='flat' out "
+            "with as_dict=True"
+        )
+    inputs = ModelInputs({"input_ids": source.data, "labels": target.data.masked_fill(~target.mask, -100)})
+    inputs.update({"attention_mask": source.mask.long()}, **batch.per_sequence)
+    inputs.placement = batch.placement
+    return inputs
 
 
 def as_model_inputs(batch: SequenceBatch) -> "ModelInputs":

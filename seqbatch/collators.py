@@ -36,7 +36,8 @@ class _Collate:
             items, fields=self.fields, per_sequence=self.per_sequence, target=targets_of(self.next_token)[1]
         )
         fetched = source.__getitems__(PieceIndices(placement.sequence.tolist(), placement))
-        return collate(fetched, layout=self._layout(), padding_value=self.padding_value, as_dict=self.as_dict)
+        options = {"padding_value": self.padding_value, "as_dict": self.as_dict}
+        return collate(fetched, layout=self._layout(), **options)  # type: ignore[arg-type, return-value]
 
     def _place(self, lengths: Any) -> Placement:
         return Placement.of_lengths(lengths, next_token=targets_of(self.next_token)[0])

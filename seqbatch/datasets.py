@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, StackDataset, default_collate
 
 from seqbatch.ordering import IntArray
 from seqbatch.placement import PieceIndices, Placement
 
-__all__ = ["Column", "Fetched", "PieceDataset", "TokenArray"]
+__all__ = ["Column", "Fetched", "FetchedPair", "PieceDataset", "TokenArray"]
 
 Key = str | int | None
 """A field of an item: its name in a dict, its place in a tuple, None where the item is the tokens itself."""
@@ -38,6 +38,14 @@ class Fetched(NamedTuple):
     target: Key
     """The field whose next tokens are the targets, where the placement asks for them."""
     per_sequence: dict[Key, Any]
+
+
+class FetchedPair(NamedTuple):
+    """The two sides of a batch of pairs, and the fields that they are."""
+
+    source: Fetched
+    target: Fetched
+    keys: tuple[Key, Key]
 
 
 class TokenArray(Dataset[Any]):
@@ -140,15 +148,23 @@ class TokenArray(Dataset[Any]):
         self.__dict__.update(state)
 
 
+_Items = dict[int, tuple[dict[Key, Any], dict[Key, Any]]]
+"""By index: the per-token and the per-sequence fields of an item."""
+
+
 class PieceDataset(Dataset[Any]):
     """A map-style dataset that serves the pieces a :class:`~seqbatch.sampler.PlanBatchSampler` asks for.
 
     Items are the tokens (tensor, array or list, (T_i, ...)), or a dict or tuple of such fields. A list is
     tokens, a tuple is fields.
 
+    Pairs are items with two such fields, source and target; of a ``torch.utils.data.StackDataset`` of two datasets each
+    is asked for its own pieces, so that two :class:`TokenArray` are as fast as one.
+
     Args:
         dataset: Map-style, of N items; ``__getitems__`` is used where it has one.
-        fields: The fields to use, each with one row a token; all that are not in `per_sequence` by default.
+        fields: The fields to use, each with one row a token; all that are not in `per_sequence` by default. Of
+            pairs two, in the order of the columns of lengths.
         per_sequence: Fields with one value a sequence, such as a label.
         target: The field whose next tokens are the targets, where the sampler has ``next_token``; by default the
             only field, or ``"input_ids"``.
@@ -186,6 +202,8 @@ class PieceDataset(Dataset[Any]):
         """Return the :class:`Fetched` pieces for a sampler's indices, or the plain items for plain ones."""
         if not isinstance(indices, PieceIndices):
             return self._items(indices)
+        if indices.source is not None:
+            return self._pairs(indices, indices.source)
         placement = indices.placement
         if isinstance(self.dataset, TokenArray):
             begin = self.dataset.offsets[placement.sequence]
@@ -194,9 +212,46 @@ class PieceDataset(Dataset[Any]):
                 at = int(np.argmax(whole != placement.whole))
                 raise _disagrees(int(placement.sequence[at]), "tokens", int(whole[at]), int(placement.whole[at]))
             return Fetched(placement, {None: Column(self.dataset.tokens, begin + placement.start)}, None, {})
-        distinct = list(dict.fromkeys(indices)) or [placement.template]
+        items, keys = self._fields(indices)
+        target = self._target(keys) if placement.next_token else None
+        columns = {key: _column(key, items, placement, placement.next_token and key == target) for key in keys}
+        return Fetched(placement, columns, target, self._labels(indices, items))
+
+    def _pairs(self, indices: PieceIndices, source: Placement) -> FetchedPair:
+        """Return both sides of a batch of pairs."""
+        if isinstance(self.dataset, StackDataset) and not self.per_sequence:
+            parts = self.dataset.datasets
+            named = parts if isinstance(parts, Mapping) else dict(enumerate(parts))
+            keys = self._two(tuple(named) if self.fields is None else self.fields, tuple(named))
+            source_of, target_of = (PieceDataset(named[key]) for key in keys)
+            return FetchedPair(
+                source_of.__getitems__(PieceIndices(indices, source)),
+                target_of.__getitems__(PieceIndices(indices, indices.placement)),
+                keys,
+            )
+        items, found = self._fields(indices)
+        keys = self._two(found, found)
+        sides = [
+            Fetched(placement, {None: _column(key, items, placement, placement.next_token)}, None, {})
+            for key, placement in zip(keys, (source, indices.placement), strict=True)
+        ]
+        return FetchedPair(sides[0], sides[1]._replace(per_sequence=self._labels(indices, items)), keys)
+
+    def _two(self, keys: tuple[Key, ...], there: tuple[Key, ...]) -> tuple[Key, Key]:
+        """Return the keys of the two sides, or say why these are none."""
+        if len(keys) != 2 or not set(keys) <= set(there):
+            raise ValueError(
+                f"pairs have two fields, source and target, and the dataset's items have {list(there)}: name the two "
+                "with fields=[source, target], in the order of the columns of lengths"
+            )
+        if self.target is not None and self.target != keys[1]:
+            raise ValueError(f"next_token must be of the second field of pairs, {keys[1]!r}, got {self.target!r}")
+        return keys[0], keys[1]
+
+    def _fields(self, indices: PieceIndices) -> tuple[_Items, tuple[Key, ...]]:
+        """Return the items of a batch by index, split, and the per-token fields that all of them have."""
+        distinct = list(dict.fromkeys(indices)) or [indices.placement.template]
         items = dict(zip(distinct, map(self._split, self._items(distinct)), strict=True))
-        pieces = [items[index] for index in indices]
         keys = tuple(items[distinct[0]][0])
         for index, (own, _) in items.items():
             if set(own) != set(keys):
@@ -204,15 +259,16 @@ class PieceDataset(Dataset[Any]):
                     f"sequence {index} has the fields {list(own)}, but sequence {distinct[0]} {list(keys)}: all must "
                     "have the same, or choose with fields=[...]"
                 )
-        target = self._target(keys) if placement.next_token else None
-        columns = {key: _column(key, items, placement, placement.next_token and key == target) for key in keys}
+        return items, keys
+
+    def _labels(self, indices: PieceIndices, items: _Items) -> dict[Key, Any]:
+        """Return the per-sequence fields, stacked: one row a piece."""
+        pieces = [items[index] for index in indices]
         shown = pieces or list(items.values())  # a rank without a piece has labels too, of no rows
-        labels: dict[Key, Any] = {
-            name: default_collate([piece[1][name] for piece in shown]) for name in self.per_sequence
-        }
+        labels: dict[Key, Any] = {name: default_collate([piece[1][name] for piece in shown]) for name in self.per_sequence}
         if not pieces:
             labels = {name: _no_rows(value) for name, value in labels.items()}
-        return Fetched(placement, columns, target, labels)
+        return labels
 
     def _items(self, indices: Sequence[int]) -> list[Any]:
         many: Callable[[Sequence[int]], list[Any]] | None = getattr(self.dataset, "__getitems__", None)
@@ -295,6 +351,6 @@ def _field(key: Key) -> str:
 def _disagrees(index: int, what: str, found: int, planned: int) -> ValueError:
     return ValueError(
         f"sequence {index} has {found} {what}, but lengths[{index}] is {planned}: lengths and data do not belong "
-        "together (a per-sequence field must be declared with per_sequence=[...]); measure the lengths again, without "
-        "their cache"
+        "together (a per-sequence field must be declared with per_sequence=[...], and pairs need lengths of both "
+        "sides, (N, 2)); measure the lengths again, without their cache"
     )

@@ -174,7 +174,8 @@ def make_loader(
             (T_i, ...), or dicts or tuples of such fields.
         strategy: How to batch.
         lengths: (N,) tokens of each sequence; a text names a column of a Hugging Face dataset that holds them.
-            By default the dataset's own ``lengths``, else they are measured, see `lengths_cache`.
+            By default the dataset's own ``lengths``, else they are measured, see `lengths_cache`. (N, 2) of source
+            and target makes batches of pairs, :class:`~seqbatch.PairBatch`, of items with two fields.
         seed: With the epoch decides every random choice.
         epoch: The first epoch.
         train: False for evaluation: dataset order, nothing dropped, nothing repeated; see :func:`~seqbatch.stitch`.
@@ -184,8 +185,10 @@ def make_loader(
         mesh: A ``DeviceMesh``.
         layout: ``"time_major"`` (T, B, ...), ``"batch_first"`` (B, T, ...) or ``"flat"`` (S, ...) with
             ``batch.cu_seqlens``.
-        next_token: Make ``batch.targets``, the next token of the same sequence; a text or number names the field.
-        fields: The per-token fields of the items to use; by default all that are not in `per_sequence`.
+        next_token: Make ``batch.targets``, the next token of the same sequence; a text or number names the field. Of
+            pairs those of the target side.
+        fields: The per-token fields of the items to use; by default all that are not in `per_sequence`. Of pairs the
+            two sides, in the order of the columns of `lengths`.
         per_sequence: Fields with one value a sequence, such as a label: in ``batch.per_sequence``.
         padding_value: What cells without a token hold, or a dict by field (``labels`` get -100).
         as_dict: Yield the keyword arguments of Hugging Face models; see :func:`~seqbatch.collating.as_model_inputs`.
@@ -260,6 +263,12 @@ def _in_order(strategy: Strategy) -> Strategy:
 def _check_whole(sampler: PlanBatchSampler) -> None:
     left_out = sampler.plan.dropped[sampler.plan.dropped["reason"] != "empty"]
     advice = 'choose overlong="split" or "alone", and tail="split"'
+    if sampler.plan.pairs and sampler.plan.dropped["length"].any():
+        left_out = sampler.plan.dropped[sampler.plan.dropped["length"].any(axis=1)]
+        raise ValueError(
+            f"train=False leaves nothing out, but {len(left_out)} pairs have an empty side or do not fit, the first of "
+            f"them pair {left_out['sequence'][0]}: fill both sides, and {advice}"
+        )
     if len(left_out):
         raise ValueError(
             f"train=False leaves nothing out, but {sampler.strategy!r} drops {len(left_out)} pieces, the first of "

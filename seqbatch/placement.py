@@ -156,14 +156,18 @@ class Placement:
 
 
 class PieceIndices(list[int]):
-    """The indices of the sequences of a batch, one for each piece, and its :class:`Placement`."""
+    """The indices of the sequences of a batch, one for each piece, and its :class:`Placement`.
 
-    def __init__(self, indices: Iterable[int], placement: Placement) -> None:
+    Of pairs `placement` is that of the targets, which carry the loss, and `source` that of the sources, else None.
+    """
+
+    def __init__(self, indices: Iterable[int], placement: Placement, source: Placement | None = None) -> None:
         super().__init__(indices)
         self.placement = placement
+        self.source = source
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PieceIndices, (list(self), self.placement)
+        return PieceIndices, (list(self), self.placement, self.source)
 
 
 def targets_of(next_token: str | int | None) -> tuple[bool, str | int | None]:

@@ -13,7 +13,7 @@ from seqbatch.placement import PieceIndices
 from seqbatch.plan import Plan
 from seqbatch.ranks import check_ranks_agree, check_still_alone, find_ranks
 from seqbatch.sharding import check_history
-from seqbatch.steps import RankBatches, Steps
+from seqbatch.steps import PairBatches, RankBatches, Steps
 from seqbatch.strategy import Strategy, check_choice, check_cost, check_integer
 
 __all__ = ["PlanBatchSampler"]
@@ -29,14 +29,15 @@ class PlanBatchSampler(Sampler[PieceIndices]):
 
     Args:
         strategy: How to batch.
-        lengths: (N,) tokens of each sequence.
+        lengths: (N,) tokens of each sequence, or (N, 2) of source and target of each pair.
         seed: With the epoch decides every random choice.
         epoch: The first epoch; see `set_epoch`.
         rank: This process's number; ``"all"`` yields the batches of all `num_replicas` ranks in turn, step by
             step, for wrappers that deal batch i to rank i mod W themselves (Accelerate).
         num_replicas: Ranks (W). Without it and `rank`: the default process group where it is initialised.
         mesh: A ``DeviceMesh`` instead: its only dimension, or the one named ``"dp"``.
-        next_token: Whether targets are the next tokens, so that a sequence's last token carries no loss.
+        next_token: Whether targets are the next tokens, so that a sequence's last token carries no loss; of pairs,
+            those of the second side, which alone carries loss.
         accumulation: Micro-steps of an optimizer step, for ``batch.loss_scale`` and ``batch.update``.
         cost: (a, b) of ``a * l + b * l**2``: batches of a step cost about the same.
         tail: ``"split"`` or ``"drop"`` what fills no whole step; see :meth:`seqbatch.Plan.shard`.
@@ -76,7 +77,7 @@ class PlanBatchSampler(Sampler[PieceIndices]):
         if not isinstance(strategy, Strategy):
             raise TypeError(f"strategy must be one of seqbatch's, such as Bucketing(max_tokens=4096), got {strategy!r}")
         self.strategy = strategy
-        self.lengths = as_lengths(lengths)
+        self.lengths = as_lengths(lengths, pairs=True)
         self.seed = check_integer("seed", seed, at_least=0)
         self.epoch = check_integer("epoch", epoch, at_least=0)
         if rank == "all":
@@ -149,7 +150,10 @@ class PlanBatchSampler(Sampler[PieceIndices]):
             *before, (_, done) = history
         pairs = [list(pair) for pair in before]
         ranks = [
-            RankBatches(self.plan, self.lengths, batches, steps.before, self.next_token) for batches in steps.batches
+            PairBatches(self.plan, self.lengths, batches, self.next_token)
+            if self.plan.pairs
+            else RankBatches(self.plan, self.lengths, batches, steps.before, self.next_token)
+            for batches in steps.batches
         ]
         for step in range(len(steps.totals)):
             position = start | {"history": [*pairs, [self.num_replicas, done + step + 1]]}

@@ -11,7 +11,7 @@ from seqbatch.ordering import IntArray
 from seqbatch.placement import PieceIndices, Placement, loss_counts
 from seqbatch.plan import BatchPlan, Plan
 
-__all__ = ["RankBatches", "Steps"]
+__all__ = ["PairBatches", "RankBatches", "Steps"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Steps:
     ) -> "Steps":
         """Lay out the steps of some ranks; `options` are those of :meth:`Plan.assign`."""
         batches = [plan.assign(rank, num_replicas, **options) for rank in ranks]
-        per_batch = _loss_tokens(plan, lengths, next_token)
+        per_batch = _loss_tokens(plan.sides[-1], lengths[:, -1] if plan.pairs else lengths, next_token)
         before = None
         if plan.carry:
             done = len(plan) - len(batches[0][0])
@@ -136,6 +136,21 @@ class RankBatches:
             columns["sequence"].tolist(),
             columns,
         )
+
+
+class PairBatches:
+    """The batches of one rank of a plan of pairs; only targets have `next_token`."""
+
+    def __init__(
+        self, plan: Plan, lengths: IntArray, batches: tuple[IntArray, IntArray, IntArray], next_token: bool
+    ) -> None:
+        self.source = RankBatches(plan.sides[0], lengths[:, 0], batches, None, False)
+        self.target = RankBatches(plan.sides[1], lengths[:, 1], batches, None, next_token)
+
+    def place(self, step: int, common: dict[str, Any]) -> PieceIndices:
+        """Return the batch of a step."""
+        source, target = self.source.place(step, common), self.target.place(step, common)
+        return PieceIndices(target, target.placement, source.placement)
 
 
 _STEPS = 32  # batches that are looked up at once: calls of numpy cost more than the few pieces of one
