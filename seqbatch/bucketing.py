@@ -43,8 +43,9 @@ class Bucketing(Strategy):
         max_tokens: The budget: ``steps * lanes <= max_tokens`` in every batch, padding included (with
             `cost`, the cost of the lanes; for pairs see `budget`). Either this or `batch_size`.
         batch_size: Sequences of a batch.
-        window: Sequences in a pool; by default the larger of an eighth of all and a hundred batches, but
-            at most half of all. A larger pool wastes less, in a smaller one more mates change each epoch.
+        window: Sequences in a pool; by default the larger of an eighth of all and a hundred batches (of pairs
+            a quarter and a thousand, since they are sorted in two dimensions), but at most half of all. A
+            larger pool wastes less, in a smaller one more mates change each epoch.
         num_buckets: Use this many buckets with edges found from the lengths (8 for static shapes, 16 of pairs).
         bucket_edges: Use these edges: rising inclusive padded lengths, or (source, target) for pairs, in any
             order. A sequence longer than the last is overlong, and so is a pair that none holds.
@@ -227,11 +228,11 @@ class Bucketing(Strategy):
         costs: NDArray[Any] = a * lengths + b * (lengths * lengths)
         return costs
 
-    def pool_size(self, count: int, tokens: int) -> int:
-        """Return the sequences of a pool, of so many sequences and tokens in all."""
+    def pool_size(self, count: int, tokens: int, *, share: int = 8, batches: int = 100) -> int:
+        """Return the sequences of a pool: one of `share` of all, or some batches, whichever is more."""
         per_batch = self.batch_size or int(self.max_tokens or 0) * count // max(tokens, 1)
         # Two pools at least, so that even few sequences meet others in the next epoch.
-        default = min(max(-(-count // 8), 100 * per_batch), -(-count // 2))
+        default = min(max(-(-count // share), batches * per_batch), -(-count // 2))
         return max(1, min(self.window or default, count))
 
     def _fitting_edges(self) -> tuple[int, ...]:

@@ -265,7 +265,9 @@ class PieceDataset(Dataset[Any]):
         """Return the per-sequence fields, stacked: one row a piece."""
         pieces = [items[index] for index in indices]
         shown = pieces or list(items.values())  # a rank without a piece has labels too, of no rows
-        labels: dict[Key, Any] = {name: default_collate([piece[1][name] for piece in shown]) for name in self.per_sequence}
+        labels: dict[Key, Any] = {
+            name: default_collate([piece[1][name] for piece in shown]) for name in self.per_sequence
+        }
         if not pieces:
             labels = {name: _no_rows(value) for name, value in labels.items()}
         return labels

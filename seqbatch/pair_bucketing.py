@@ -83,7 +83,7 @@ def _fit(strategy: "Bucketing", lengths: IntArray, edges: IntArray | None) -> tu
 def _into_pools(strategy: "Bucketing", length: IntArray, words: NDArray[np.uint64] | None) -> _Row:
     """Draw pools and sort each along strips, every other pool backwards."""
     count, tokens = len(length), int(length.sum())
-    window = strategy.pool_size(count, tokens)
+    window = strategy.pool_size(count, tokens, share=4, batches=1000)
     per_batch = strategy.batch_size or max(1, int(strategy.max_tokens or 0) * count // max(tokens, 1))
     codes = _snake(length, max(1, isqrt(window // per_batch)))
     order, _ = sort_pools(codes, int(codes.max(initial=0)) + 1, window, words)

@@ -9,8 +9,9 @@ need fewer cells, and then is taken.
 
 import numpy as np
 
-from seqbatch.edges import find_edges
+from seqbatch.edges import EDGE_RULES
 from seqbatch.ordering import IntArray, round_up
+from seqbatch.rows import classes_of, smallest_holding
 
 __all__ = ["assign_pairs", "find_pair_edges"]
 
@@ -37,13 +38,22 @@ def find_pair_edges(lengths: IntArray, num_buckets: int, *, multiple: int = 1) -
            [9, 3]])
     """
     padded = round_up(lengths, multiple)
-    sides = [find_edges(padded[:, side], GRID, multiple=multiple) for side in range(2)]
-    place = [np.searchsorted(edges, padded[:, side]) for side, edges in enumerate(sides)]
+    sides = [_grid(padded[:, side]) for side in range(2)]
+    place = [smallest_holding(edges, padded[:, side]) for side, edges in enumerate(sides)]
     shape = (len(sides[0]), len(sides[1]))
     counts = np.bincount(place[0] * shape[1] + place[1], minlength=shape[0] * shape[1]).reshape(shape)
     cells, edges = _strips(counts, sides[0], sides[1], num_buckets)
     cells_across, across = _strips(counts.T, sides[1], sides[0], num_buckets)
     return across[:, ::-1].copy() if cells_across < cells else edges
+
+
+def _grid(lengths: IntArray) -> IntArray:
+    """Return the padded lengths of one side that edges are chosen from."""
+    values, codes = classes_of(lengths)
+    counts = np.bincount(codes, minlength=len(values))
+    filled = np.flatnonzero(counts)
+    values, counts = values[filled], counts[filled]
+    return values if len(values) <= GRID else EDGE_RULES["optimal"](values, counts, GRID, 1)
 
 
 def _strips(counts: IntArray, first: IntArray, second: IntArray, num_buckets: int) -> tuple[int, IntArray]:
@@ -88,6 +98,6 @@ def assign_pairs(lengths: IntArray, edges: IntArray, costs: IntArray) -> IntArra
     for edge in np.argsort(costs, kind="stable")[::-1]:
         source, target = (np.searchsorted(limits[side], edges[edge, side], "right") for side in range(2))
         table[:source, :target] = edge
-    place = [np.searchsorted(limits[side], lengths[:, side]) for side in range(2)]
+    place = [smallest_holding(limits[side], lengths[:, side]) for side in range(2)]
     assigned: IntArray = table[place[0], place[1]]
     return assigned

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from seqbatch.ordering import ENOUGH_BITS, IntArray, stable_order
 from seqbatch.pieces import Pieces
 
-__all__ = ["Cut", "classes_of", "dense", "sort_pools"]
+__all__ = ["Cut", "classes_of", "dense", "smallest_holding", "sort_pools"]
 
 
 class Cut(NamedTuple):
@@ -77,3 +77,15 @@ def dense(keys: IntArray) -> IntArray:
     there[keys] = True
     codes: IntArray = (np.cumsum(there) - 1)[keys]
     return codes
+
+
+def smallest_holding(edges: IntArray, lengths: IntArray) -> IntArray:
+    """Return the position of the smallest of rising `edges` that holds each length, ``len(edges)`` where none does.
+
+    >>> smallest_holding(np.array([2, 5]), np.array([1, 5, 3, 9])).tolist()
+    [0, 1, 1, 2]
+    """
+    longest = int(lengths.max(initial=0))
+    if longest < max(len(lengths), 1 << 16):  # a table is ten times as fast as searching for each
+        return np.searchsorted(edges, np.arange(longest + 1))[lengths]
+    return np.searchsorted(edges, lengths)
