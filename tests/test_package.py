@@ -72,14 +72,15 @@ def test_commands_in_the_readme_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["own_loop", "lightning_loop", "trainer_loop", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["own_loop", "pair_loop", "lightning_loop", "trainer_loop", "accelerate_loop"])
 def test_the_readme_shows_the_examples(name: str) -> None:
     """What is shown is what the integration tests run."""
     code = (ROOT / "examples" / f"{name}.py").read_text()
     assert f"```python\n{code.rstrip()}\n```" in (ROOT / "README.md").read_text()
 
 
-def test_own_loop_runs() -> None:
-    """The first example needs no framework: it runs here too, and learns."""
-    found = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))
-    assert found["losses"].item() * found["batch"].loss_scale < 3.0  # guessing is log(128) = 4.85
+def test_own_loops_run() -> None:
+    """The examples that need no framework run here too, and learn."""
+    for name, batch in (("own_loop", "batch"), ("pair_loop", "target")):
+        found = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+        assert found["losses"].item() * found[batch].loss_scale < 3.0  # guessing is log(128) = 4.85

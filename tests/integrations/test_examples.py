@@ -13,6 +13,7 @@ LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 MEAN = "float(found['losses'] * found['batch'].loss_scale)"
 LOSSES = {
     "own_loop": MEAN,
+    "pair_loop": "float(found['losses'] * found['target'].loss_scale)",
     "accelerate_loop": f"{MEAN} / found['accelerator'].num_processes",
     "pipeline": "float(found['result'].loss)",
     "trainer_loop": "found['trainer'].state.log_history[-2]['loss']",
@@ -34,6 +35,7 @@ def test_short(path):
     ("name", "launch"),
     [
         ("own_loop", ()),
+        ("pair_loop", ()),
         ("trainer_loop", ()),
         ("accelerate_loop", ()),
         ("accelerate_loop", LAUNCH),
