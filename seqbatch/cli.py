@@ -97,7 +97,11 @@ def stats(
 @click.option("-n", "count", type=click.IntRange(1), default=100_000, show_default=True, help="Lengths to draw.")
 @click.option("--batch-sizes", callback=numbers(int), default="1,2,4,8,16,32,64,128,256", show_default=True)
 @click.option(
-    "--strategies", default="all", show_default=True, metavar="all|NAME,...", help="Which strategies to count."
+    "--strategies",
+    default="all",
+    show_default=True,
+    metavar="all|NAME,...",
+    help="Which strategies to count; all leaves packing_optimal out.",
 )
 @click.option("--chunk-size", type=click.IntRange(1), default=35, show_default=True, help="Steps of a window or chunk.")
 @click.option(

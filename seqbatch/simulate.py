@@ -26,7 +26,17 @@ from seqbatch.strategy import Strategy, check_choice, check_integer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PAIR_STRATEGIES", "STRATEGIES", "DeviceModel", "named", "rank_balance", "re_meeting", "simulate", "sized"]
+__all__ = [
+    "DEFAULT",
+    "PAIR_STRATEGIES",
+    "STRATEGIES",
+    "DeviceModel",
+    "named",
+    "rank_balance",
+    "re_meeting",
+    "simulate",
+    "sized",
+]
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,11 @@ STRATEGIES: dict[str, Callable[[_Scale], Strategy]] = {
     "chunking_carry": lambda s: Chunking(s.lanes, s.chunk_size, carry=True),
     "packing": lambda s: Packing(s.longest, rows=s.rows),
     "packing_next_fit": lambda s: Packing(s.longest, rows=s.rows, algorithm="next_fit"),
+    "packing_optimal": lambda s: Packing(s.longest, rows=s.rows, algorithm="optimal"),
 }
 """The strategies that `simulate` knows by name; a batch size stands for that many lanes of mean length."""
+DEFAULT = tuple(name for name in STRATEGIES if name != "packing_optimal")
+"""Those that are simulated where nothing is said: all but the one that may take seconds to solve."""
 
 PAIR_STRATEGIES = ("padding", "pool_sort", "token_budget", "buckets", "static_shapes")
 """Those that place pairs."""
@@ -134,7 +147,7 @@ def simulate(
 
     Args:
         lengths: (N,) tokens of each sequence, or (N, 2) of the two sides of pairs.
-        strategies: Names of :data:`STRATEGIES`, by default all (for pairs those that place them), sized by
+        strategies: Names of :data:`STRATEGIES`, by default :data:`DEFAULT` (for pairs those that place them), sized by
             `batch_sizes`: lanes for padding, splicing and chunks; a budget of ``max(longest, round(B * mean))``
             tokens; bins as long as the longest sequence and the number of rows nearest to ``B * mean`` tokens.
             Or strategies themselves, which are counted once, whatever the batch sizes.
@@ -162,7 +175,7 @@ def simulate(
     from tqdm import tqdm
 
     array = as_lengths(lengths, pairs=True)
-    chosen = named(strategies, tuple(STRATEGIES), pairs=array.ndim == 2)
+    chosen = named(strategies, DEFAULT, pairs=array.ndim == 2)
     sizes = [check_integer("a batch size", size, at_least=1) for size in batch_sizes]
     check_integer("num_replicas", num_replicas, at_least=1)
     jobs = list(sized(array, chosen, sizes, chunk_size))
@@ -213,13 +226,15 @@ def _budget(strategy: Strategy, plan: Plan) -> tuple[int, int]:
 def named(
     strategies: "Iterable[str | Strategy] | str | Strategy | None", default: Sequence[str], *, pairs: bool
 ) -> list[str | Strategy]:
-    """Return strategies as a list: one alone, ``"all"``, or those of `default`; of the names, those that take pairs.
+    """Return strategies as a list: one alone, `default` for None, all of :data:`DEFAULT` for ``"all"``.
+
+    Of those two only what places pairs, if there are pairs.
 
     >>> named(None, ["padding", "packing"], pairs=True)
     ['padding']
     """
     if strategies is None or (isinstance(strategies, str) and strategies == "all"):
-        names = default if strategies is None else STRATEGIES
+        names = default if strategies is None else DEFAULT
         return [name for name in names if not pairs or name in PAIR_STRATEGIES]
     return [strategies] if isinstance(strategies, str | Strategy) else list(strategies)
 

@@ -31,6 +31,7 @@ ALL = {
     "chunking, carried": lambda longest: Chunking(24, 20, carry=True),
     "packing": lambda longest: Packing(longest, rows=3),
     "packing, next fit": lambda longest: Packing(longest + 7, algorithm="next_fit", max_sequences=5),
+    "packing, optimal": lambda longest: Packing(2 * longest + longest // 2, algorithm="optimal"),
     "packing, truncated": lambda longest: Packing(1 + longest // 2, overlong="truncate"),
 }
 
@@ -186,7 +187,7 @@ def packings(draw: st.DrawFn) -> Packing:
     return Packing(
         draw(st.integers(1, 2 * LONGEST)),
         rows=draw(st.integers(1, 4)),
-        algorithm=draw(st.sampled_from(["best_fit", "next_fit"])),
+        algorithm=draw(st.sampled_from(["best_fit", "next_fit", "optimal"])),
         max_sequences=draw(st.none() | st.integers(1, 6)),
         overlong=draw(st.sampled_from(["split", "truncate", "drop"])),
         shuffle=draw(st.booleans()),

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from seqbatch.cli import main
 from seqbatch.command_line import JSON_VERSION
 from seqbatch.plan import Plan
-from seqbatch.simulate import STRATEGIES
+from seqbatch.simulate import DEFAULT
 
 
 def run(*arguments: str, input: str | bytes | None = None) -> Result:
@@ -69,7 +69,9 @@ def test_csv_has_a_header_and_rows(lengths: str) -> None:
 
     lines = result.stdout.splitlines()
     assert lines[0].startswith("strategy,batch_size,settings,padding_efficiency")
-    assert 2 * len(STRATEGIES) == len(lines) - 1
+    assert 2 * len(DEFAULT) == len(lines) - 1
+    named = run("simulate", lengths, "--batch-sizes", "8", "--strategies", "packing_optimal", "--csv")
+    assert "packing_optimal,8," in named.stdout
 
 
 def test_the_issue_table_of_padding(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from seqbatch import Bucketing, Padding, Splicing
 from seqbatch.distributions import expected_efficiency, gamma
-from seqbatch.simulate import STRATEGIES, DeviceModel, rank_balance, re_meeting, simulate
+from seqbatch.simulate import DEFAULT, STRATEGIES, DeviceModel, rank_balance, re_meeting, simulate
 
 LENGTHS = gamma(2, 10).lengths(2000)
 
@@ -18,7 +18,7 @@ def test_rows_are_the_counts_of_the_plans() -> None:
     """One row per strategy and batch size, each what the plan of its printed settings says."""
     frame = simulate(LENGTHS, batch_sizes=[4, 16], seed=3)
 
-    assert [(name, size) for name in STRATEGIES for size in (4, 16)] == list(
+    assert [(name, size) for name in DEFAULT for size in (4, 16)] == list(
         zip(frame["strategy"], frame["batch_size"], strict=True)
     )
     for row in frame.to_dict("records"):
@@ -28,6 +28,15 @@ def test_rows_are_the_counts_of_the_plans() -> None:
         assert plan.padding_efficiency == row["padding_efficiency"]
         assert LENGTHS.sum() == row["tokens"]
         assert row["over_budget"] == 0
+
+
+def test_the_strategy_that_may_take_seconds_is_left_out_unless_it_is_named() -> None:
+    """It is known by name, and never worse than best fit."""
+    frame = simulate(LENGTHS, strategies=["packing", "packing_optimal"], batch_sizes=[64])
+
+    assert [*DEFAULT, "packing_optimal"] == list(STRATEGIES)
+    assert frame["batches"][1] <= frame["batches"][0]
+    assert 'algorithm="optimal"' in frame["settings"][1].replace("'", '"')
 
 
 def test_budgets_are_those_of_the_batch_size() -> None:

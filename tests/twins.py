@@ -105,3 +105,24 @@ def fewest_pair_cells(pairs: Sequence[tuple[int, int]], num_edges: int) -> int:
 
 def _subsets(values: Sequence[int], most: int) -> list[tuple[int, ...]]:
     return [subset for size in range(most + 1) for subset in itertools.combinations(values, size)]
+
+
+def fewest_bins(lengths: Sequence[int], capacity: int, max_sequences: int) -> int:
+    """The fewest bins that hold all lengths, by trying all ways to fill the first one."""
+    if not lengths:
+        return 0
+    first, rest = lengths[0], lengths[1:]
+    fewest = len(lengths)
+    for size in range(min(max_sequences, len(lengths))):
+        for others in itertools.combinations(range(len(rest)), size):
+            if first + sum(rest[i] for i in others) <= capacity:
+                left = [length for i, length in enumerate(rest) if i not in others]
+                fewest = min(fewest, 1 + fewest_bins(left, capacity, max_sequences))
+    return fewest
+
+
+def bins_of_classes(sizes: Sequence[int], upper: Sequence[int], capacity: int, most: int) -> list[tuple[int, ...]]:
+    """All ways to fill a bin: how many of each class."""
+    ways = itertools.product(*(range(number + 1) for number in upper))
+    room = lambda way: sum(n * size for n, size in zip(way, sizes, strict=True)) <= capacity  # noqa: E731
+    return [way for way in ways if room(way) and (not most or sum(way) <= most)]
