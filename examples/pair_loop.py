@@ -9,7 +9,7 @@ loader = seqbatch.make_loader(data, seqbatch.Bucketing(max_tokens=512), lengths=
 encoder, decoder = seqbatch.rnn.LSTM(32, 32), seqbatch.rnn.LSTM(32, 32)
 embed, head, *_ = model = nn.ModuleList([nn.Embedding(128, 32), nn.Linear(32, 128), encoder, decoder])
 optimizer = optim.Adam(model.parameters(), lr=0.01)
-for source, target in [*loader] * 9:
+for source, target in [*loader] * 4:
     output, _ = decoder(embed(target.data), encoder(embed(source.data), mask=source.mask)[1], mask=target.mask)
     losses = nn.functional.cross_entropy(head(output).mT, target.targets, reduction="sum")
     (losses * target.loss_scale).backward()
