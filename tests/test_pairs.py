@@ -31,7 +31,7 @@ def corpus(count: int = 3000, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", strategies.PAIR_KINDS)
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(data=st.data(), lengths=strategies.pair_lengths(), epoch=st.integers(0, 3))
 def test_every_plan_of_pairs_obeys_the_laws(kind: str, data: st.DataObject, lengths: np.ndarray, epoch: int) -> None:
     """Exactly once on both sides, disjoint, within budget and tight."""
@@ -170,7 +170,7 @@ def test_simulate_counts_pairs() -> None:
 
 def test_compare_measures_both_sides_of_pairs() -> None:
     """Rows are predicted and measured, and the advice shows how pairs are read."""
-    found = compare(corpus(60), hidden=4, batch_sizes=[8], seconds=2, strategies=["padding", "token_budget"])
+    found = compare(corpus(60), hidden=4, batch_sizes=[8], seconds=1, strategies=["padding", "token_budget"])
 
     assert found.frame["measured"].notna().all()
     assert "source, target = batch" in found.recommendation.code
