@@ -30,6 +30,7 @@ lint: $(VENV)/test.installed
 
 bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.planning.run
+	PYTHONPATH=. $(BIN)/python -m experiments.packing.run
 	PYTHONPATH=. $(BIN)/python -m experiments.strategies.run
 	PYTHONPATH=. $(BIN)/python -m experiments.pairs.run
 	PYTHONPATH=. $(BIN)/python -m experiments.rnn_speed.run
