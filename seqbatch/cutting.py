@@ -11,11 +11,12 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from os import PathLike, fspath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seqbatch import kernels
+from seqbatch import kernels, solution_file
 from seqbatch.column_generation import Relaxation, lower_bound, relaxations
 from seqbatch.compiling import compiled
 from seqbatch.knapsack import Knapsack
@@ -26,7 +27,7 @@ __all__ = ["Solution", "solve"]
 _ROUNDINGS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.0)
 """A pattern is used once more where the fraction of its times is at least 1 less this."""
 _KEPT = 4
-_solved: dict[bytes, "Solution"] = {}
+_solved: dict[tuple[object, ...], "Solution"] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +82,40 @@ class Solution:
         )
 
 
-def solve(length: IntArray, capacity: int, max_sequences: int | None, time_limit: float) -> Solution:
-    """Pack sequences into few bins; the same arguments are solved once in a process.
+def solve(
+    length: IntArray,
+    capacity: int,
+    max_sequences: int | None,
+    time_limit: float,
+    path: "str | PathLike[str] | None" = None,
+) -> Solution:
+    """Pack sequences into few bins; the same lengths and settings are solved once in a process.
 
     Args:
         length: (N,) from 1 to `capacity`.
         capacity: Tokens a bin holds.
         max_sequences: Sequences a bin holds.
         time_limit: Seconds after which the best so far is used.
+        path: A file that keeps the solution for other processes.
 
     Warns:
         UserWarning: time was up, or HiGHS failed.
     """
     values, counts = _histogram(length)
-    key = blake2b(repr((len(values), capacity, max_sequences, time_limit)).encode(), digest_size=16)
-    key.update(values.tobytes() + counts.tobytes())
-    found = _solved.pop(key.digest(), None)
+    digest = blake2b(repr((len(values), capacity, max_sequences)).encode(), digest_size=16)
+    digest.update(values.tobytes() + counts.tobytes())
+    fingerprint, at_most = digest.hexdigest(), max_sequences or max(len(length), 1)
+    key = fingerprint, time_limit, None if path is None else fspath(path)
+    found = _solved.pop(key, None)
+    if found is None and path is not None:
+        kept = solution_file.read(path, fingerprint, at_most)
+        found = None if kept is None else Solution(**kept)
     if found is None:
-        found = _solve(values, counts, capacity, max_sequences or max(len(length), 1), time_limit)
+        found = _solve(values, counts, capacity, at_most, time_limit)
         _warn(found, time_limit)
-    _solved[key.digest()] = found
+        if path is not None and not found.status.startswith("failed"):
+            solution_file.write(path, fingerprint, found)
+    _solved[key] = found
     while len(_solved) > _KEPT:
         _solved.pop(next(iter(_solved)), None)
     return found
@@ -121,7 +136,7 @@ def _warn(found: Solution, time_limit: float) -> None:
         warnings.warn(
             f"the clock ended packing after {found.seconds:.3g} s with {reached}. Another run or machine may get "
             "further and pack otherwise, and ranks or a resume whose plans' digests differ are refused: raise "
-            f"time_limit={time_limit:g}",
+            f'time_limit={time_limit:g}, or keep this solution with solution="FILE"',
             stacklevel=5,
         )
     elif found.status.startswith("failed"):

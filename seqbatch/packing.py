@@ -7,8 +7,9 @@ finds patterns that waste less. Which sequence of a length goes where is drawn a
 bins' shapes stay, their contents do not.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
+from os import PathLike
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -46,7 +47,10 @@ class Packing(Strategy):
             ``"truncate"`` or ``"drop"``. ``"alone"`` cannot be: all batches have `capacity` steps.
         shuffle: Draw which sequences meet, and the order of bins, at random, new in each epoch.
         time_limit: Seconds after which ``"optimal"`` uses the best it has found, at worst best fit's
-            bins, and warns. Plans may differ from machine to machine then, and only then.
+            bins, and warns. Plans may then differ from run to run.
+        solution: A file that keeps what ``"optimal"`` found: read where it is of the same lengths and settings,
+            else written. With it every process and machine packs alike; without it the solver's last digits
+            may differ between platforms and releases, and ranks or a resume whose plans differ are refused.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or range, or that excludes another.
@@ -67,6 +71,7 @@ class Packing(Strategy):
     overlong: str = "error"
     shuffle: bool = True
     time_limit: float = _TIME_LIMIT
+    solution: "str | PathLike[str] | None" = field(default=None, repr=False, compare=False)
 
     at_least: ClassVar[dict[str, int]] = {"capacity": 1, "rows": 1, "max_sequences": 1}
 
@@ -77,6 +82,10 @@ class Packing(Strategy):
         object.__setattr__(self, "time_limit", _check_seconds(self.time_limit))
         if self.time_limit != _TIME_LIMIT and self.algorithm != "optimal":
             raise ValueError(f'time_limit={self.time_limit} goes with algorithm="optimal": leave it out')
+        if self.solution is not None and not isinstance(self.solution, str | PathLike):
+            raise TypeError(f"solution must be the path of a file, got {self.solution!r}")
+        if self.solution is not None and self.algorithm != "optimal":
+            raise ValueError(f'solution={self.solution!r} goes with algorithm="optimal": leave it out')
 
     def solve(self, lengths: ArrayLike) -> "Solution":
         """Find the patterns that plans of ``algorithm="optimal"`` use, or return them if they are known.
@@ -122,7 +131,7 @@ class Packing(Strategy):
     def _solution(self, pieces: Pieces, capacity: int) -> "Solution":
         from seqbatch import cutting
 
-        return cutting.solve(pieces.length, capacity, self.max_sequences, self.time_limit)
+        return cutting.solve(pieces.length, capacity, self.max_sequences, self.time_limit, self.solution)
 
     def plan(self, lengths: ArrayLike, *, seed: int = 0, epoch: int = 0) -> Plan:
         from seqbatch import kernels

@@ -79,11 +79,11 @@ class Strategy(ABC):
         return {"strategy": repr(self), "seed": int(seed), "epoch": int(epoch), "shuffle": self.shuffle}
 
     def __repr__(self) -> str:
-        """The shortest constructor call that makes these settings."""
+        """The shortest constructor call that makes these settings, without those that change no plan."""
         parts = [
             repr(getattr(self, f.name)) if f.default is MISSING else f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.default is MISSING or getattr(self, f.name) != f.default
+            if f.repr and (f.default is MISSING or getattr(self, f.name) != f.default)
         ]
         return f"{type(self).__name__}({', '.join(parts)})"
 

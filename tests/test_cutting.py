@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -287,3 +288,54 @@ def test_settings_that_cannot_be_are_refused(settings: dict, error: type, messag
         Packing(10, **({"algorithm": "optimal"} | settings))
     with pytest.raises(ValueError, match="nothing to solve with algorithm='best_fit'"):
         Packing(10).solve([1])
+
+
+def test_a_kept_solution_is_used_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read where it is of these lengths and settings, written where not; the plan does not say where it is kept."""
+    path = tmp_path / "bins.npz"
+    lengths = np.random.default_rng(3).normal(30, 3, 300).astype(np.int64)
+    kept = Packing(100, algorithm="optimal", solution=path)
+    plan = kept.plan(lengths)
+    assert plan.digest == Packing(100, algorithm="optimal").plan(lengths).digest
+    assert repr(kept) == "Packing(100, algorithm='optimal')" == plan.strategy
+    assert kept == Packing(100, algorithm="optimal")
+
+    cutting._solved.clear()
+    monkeypatch.setattr(cutting, "_solve", None)  # any call would fail
+    again = kept.solve(lengths)
+    assert kept.plan(lengths, epoch=0).digest == plan.digest
+    assert again.bins == len(plan)
+    monkeypatch.undo()
+
+    other = Packing(100, algorithm="optimal", max_sequences=2, solution=path)
+    assert other.solve(lengths).bins == 150  # written anew
+    cutting._solved.clear()
+    assert kept.solve(lengths).bins == again.bins
+
+
+def test_a_kept_solution_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    """Another file, half of one, and one whose bins hold too much."""
+    path = tmp_path / "bins.npz"
+    lengths = [5, 5, 4, 4, 3, 3]
+    path.write_bytes(b"nothing")
+    packing = Packing(12, algorithm="optimal", solution=path)
+    with pytest.raises(ValueError, match="is not a packing that seqbatch kept"):
+        packing.solve(lengths)
+    path.unlink()
+    packing.solve(lengths)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    cutting._solved.clear()
+    with pytest.raises(ValueError, match="remove it, and it is made again"):
+        packing.solve(lengths)
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["placed"][:] = 0
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="a bin holds too much"):
+        packing.solve(lengths)
+    with pytest.raises(ValueError, match=r"solution='x' goes with algorithm=\"optimal\""):
+        Packing(12, solution="x")
+    with pytest.raises(TypeError, match="solution must be the path of a file, got 3"):
+        Packing(12, algorithm="optimal", solution=3)
