@@ -31,7 +31,7 @@ ALL = {
     "chunking, carried": lambda longest: Chunking(24, 20, carry=True),
     "packing": lambda longest: Packing(longest, rows=3),
     "packing, next fit": lambda longest: Packing(longest + 7, algorithm="next_fit", max_sequences=5),
-    "packing, optimal": lambda longest: Packing(2 * longest + longest // 2, algorithm="optimal"),
+    "packing, optimal": lambda longest: Packing(5 * longest // 2, algorithm="optimal", time_limit=600),
     "packing, truncated": lambda longest: Packing(1 + longest // 2, overlong="truncate"),
 }
 
