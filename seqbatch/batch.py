@@ -322,17 +322,38 @@ class SequenceBatch:
         """Return (B, 1, T, T) bool for ``scaled_dot_product_attention``: true where a token may look.
 
         Tokens see their own piece - with `causal` no later token of it - and padding sees padding, so that
-        no row is empty (a softmax over nothing is NaN). The flat layout is one row: (1, 1, S, S).
+        no row is empty (a softmax over nothing is NaN). The flat layout is one row: (1, 1, S, S). A mask keeps
+        numbers apart, not NaN and infinity: 0 times NaN is NaN, in every piece of that row.
         """
         ids = self._rows(self.segment_ids)
         allowed = ids[:, :, None] == ids[:, None, :]
         return (allowed.tril() if causal else allowed)[:, None]
 
     def mask_mod(self, *, causal: bool = False) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Return the ``mask_mod`` for FlexAttention's ``create_block_mask``: `attention_mask` without its T by T."""
+        """Return the ``mask_mod`` for FlexAttention's ``create_block_mask``: `attention_mask` without its T by T.
+
+        Make a block mask for each batch, of all its B lanes, T by T: compiled attention skips blocks by that table, so
+        that one of the first lane alone (``B=None``) is an error here, unless ``create_block_mask`` itself is compiled.
+        Steps need not be a multiple of the blocks. The flat layout is one lane, S by S; without any token it has
+        no block mask. On CPU torch has no backward, and compiles no T that varies from call to call.
+
+        >>> from torch.nn.attention.flex_attention import create_block_mask
+        >>> batch = SequenceBatch.of_sequences([torch.arange(300), torch.arange(90)])  # 3 by 3 blocks of 128 steps
+        >>> blocks = create_block_mask(batch.mask_mod(causal=True), 2, None, 300, 300, device="cpu")
+        >>> blocks.to_dense()[1, 0].tolist()  # the second lane's padding sees itself
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+        """
         ids = self._rows(self.segment_ids)
 
         def within_piece(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                # create_block_mask maps this function over b: one number as seen here, all of them underneath.
+                every = torch.func.debug_unwrap(b)
+                if every is not b and every.numel() == 1 < len(ids):
+                    raise ValueError(
+                        f"create_block_mask was given B=None or 1, and this batch has {len(ids)} lanes whose pieces "
+                        f"differ: give it B={len(ids)}"
+                    )
             same = ids[b, query] == ids[b, key]
             return same & (query >= key) if causal else same
 
