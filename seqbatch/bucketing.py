@@ -50,9 +50,11 @@ class Bucketing(Strategy):
         bucket_edges: Use these edges: rising inclusive padded lengths, or (source, target) for pairs, in any
             order. A sequence longer than the last is overlong, and so is a pair that none holds.
         edges: How edges are found: ``"optimal"`` (least padding, an exact dynamic programme over the
-            lengths' histogram), ``"quantile"``, ``"equal_tokens"`` or ``"geometric"``. Pairs take the first.
+            lengths' histogram), ``"quantile"``, ``"equal_tokens"`` or ``"geometric"``. Pairs take the first, the
+            best of all edges in strips (:func:`~seqbatch.pair_edges.find_pair_edges`).
         static_shapes: Pad to the bucket's edge, and give all its batches the lanes its edge allows;
-            empty lanes count as cells. At most one shape a bucket.
+            empty lanes count as cells. At most one shape a bucket; of pairs more than `num_buckets`, if else
+            an edge would be over the budget that all its pairs are within.
         cost: (a, b) makes the budget one of ``a * l + b * l**2`` for each lane of l steps.
         budget: What a lane of a pair costs: the ``"sum"`` of its source and its target steps, or their ``"max"``,
             as where encoder and decoder run one after the other in the same memory.
@@ -207,10 +209,12 @@ class Bucketing(Strategy):
         if self.max_tokens is None:
             return np.full(len(steps), self.batch_size)
         each = self.lane_cost(steps)
+        if self.cost == (1.0, 0.0):
+            each = each.astype(np.uint64)  # a sum of two lengths may be beyond int64
         if steps.ndim == 2:
             each = each[:, 0] + each[:, 1] if self.budget == "sum" else np.maximum(each[:, 0], each[:, 1])
         if self.cost == (1.0, 0.0):
-            lanes = self.max_tokens // each
+            lanes = (np.uint64(self.max_tokens) // each).astype(np.int64)
         else:
             lanes = np.floor(np.minimum(self.max_tokens / each, _NO_LIMIT)).astype(np.int64)
             lanes -= lanes * each > self.max_tokens
@@ -305,7 +309,7 @@ class _Row(NamedTuple):
 def _check_edges(edges: Any) -> tuple[int, ...] | tuple[tuple[int, int], ...]:
     if not isinstance(edges, Iterable):
         raise TypeError(f"bucket_edges must be a sequence of rising integers, or of pairs of them, got {edges!r}")
-    edges = tuple(edges)
+    edges = tuple(edge.tolist() if hasattr(edge, "tolist") else edge for edge in edges)
     if edges and all(isinstance(edge, Sequence) and len(edge) == 2 for edge in edges):
         sides = [check_integer("a side of bucket_edges", side, at_least=1) for edge in edges for side in edge]
         pairs = tuple(zip(sides[::2], sides[1::2], strict=True))

@@ -72,7 +72,7 @@ def stats(
         return
     array = read(lengths, corpus, column, unit)
     if array.ndim == 2:
-        raise ValueError("stats describes one length a sequence: take the sides of pairs one by one, with --column")
+        raise ValueError("stats describes one length a sequence, and these are pairs: give their sides one by one")
     values: dict[str, float] = describe(array)
     for size in (2, 8, 32, 128):
         if size <= len(array):

@@ -101,7 +101,8 @@ def as_pair_inputs(batch: PairBatch) -> "ModelInputs":
             "with as_dict=True"
         )
     inputs = ModelInputs({"input_ids": source.data, "labels": target.data.masked_fill(~target.mask, -100)})
-    inputs.update({"attention_mask": source.mask.long()}, **batch.per_sequence)
+    inputs.update({"attention_mask": source.mask.long()})
+    inputs.update(batch.per_sequence)
     inputs.placement = batch.placement
     return inputs
 

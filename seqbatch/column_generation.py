@@ -41,6 +41,7 @@ FEW_CLASSES = 32
 
 _RATIO = 4  # of a unit to the next smaller one
 _BETTER = SCALE >> 20  # that a pattern must be worth more than a bin, since HiGHS is exact to 1e-7
+_SIMPLEX = 200  # classes up to which the simplex method is faster than the interior point, as measured
 _STALLED = 10  # solutions in a row that are no better
 
 
@@ -209,10 +210,6 @@ def _master(
     return float(solution.fun), solution.x[: len(patterns)], np.clip(-solution.ineqlin.marginals, 0.0, 1.0)
 
 
-_SIMPLEX = 200
-"""Up to so many classes the simplex method is faster than the interior point, as measured."""
-
-
 def _whole(duals: NDArray[np.float64]) -> IntArray:
     """Duals as whole numbers, of which SCALE is a bin."""
     worth: IntArray = np.floor(np.minimum(duals, 1.0) * SCALE).astype(np.int64)
@@ -226,7 +223,7 @@ def lower_bound(values: IntArray, counts: IntArray, capacity: int, most: int, wo
     tables would be too large, lengths are rounded down, which bins may only hold more of.
 
     Args:
-        values: As in :func:`relax`, as `counts`, `capacity`, `most`.
+        values: As in :func:`relaxations`, as `counts`, `capacity`, `most`.
         worth: (U,) what each length is worth, from 0 up; any worths give a valid bound.
     """
     unit = _power_of_two(np.sqrt(len(values) / MOST_CELLS * capacity))  # with a smaller one there are more cells

@@ -88,6 +88,8 @@ def source(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, column: str | None, columns: tuple[str, str] | None, **kwargs: Any) -> None:
         if column is not None and columns is not None:
             raise click.UsageError("give either --column NAME or --columns SOURCE,TARGET")
+        if columns is not None and kwargs.get("lengths") is None:
+            raise click.UsageError("--columns names two columns of a file of LENGTHS: give that file")
         command(*args, column=columns or column, **kwargs)
 
     for option in reversed(options):
@@ -96,7 +98,7 @@ def source(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _two(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, str] | None:
-    names = tuple(text.split(",")) if text else None
+    names = None if text is None else tuple(name.strip() for name in text.split(","))
     if names is not None and (len(names) != 2 or not all(names)):
         raise click.BadParameter(f"expected the names of two columns with a comma between, got {text!r}")
     return names

@@ -39,8 +39,9 @@ class Solution:
         best_fit_bins: What best fit, longest first, uses.
         bound: No packing uses fewer.
         seconds: What it took.
-        status: ``"optimal"`` where `bins` is `bound`; ``"LP optimal"``: the linear programme was solved, and
-            rounding took `bins` over the bound; ``"time limit"``; or ``"failed: ..."``, and best fit is used.
+        status: ``"optimal"`` where `bins` is `bound`; ``"LP optimal"``: the linear programme (of lengths rounded up to
+            multiples of `unit`) was solved, and rounding took `bins` over the bound; ``"time limit"``; or
+            ``"failed: ..."``, and best fit is used.
         unit: Lengths were rounded up to multiples of this to be solved; 1 is exact.
         rounded_up: Tokens that this added to all sequences together.
         capacity: Tokens a bin holds.
@@ -163,27 +164,28 @@ def _solve(values: IntArray, counts: IntArray, capacity: int, at_most: int, time
         try:
             for found in levels:
                 status = "LP optimal" if found.finished else "time limit"
-                rounded = _best_rounding(found, items, values, counts, capacity, most, bound)
+                rounded = _best_rounding(found, items, values, counts, capacity, most, bound, deadline)
                 if rounded.max() + 1 < bins:
                     placed, bins = rounded, int(rounded.max()) + 1
                 if bins == bound:
                     break
-        except Exception as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             status = f"failed: {error}"
     if found is not None:
         of, unit = found.classes_of(values), found.unit
         bound = max(bound, lower_bound(values, counts, capacity, most, found.worth[of]))
         rounded_up = int((np.maximum(found.sizes[of] - values, 0) * counts).sum())
     status = "optimal" if bins == bound else status
-    seconds = time.monotonic() - begin
-    return Solution(
-        bins, best_fit, bound, seconds, status, unit, rounded_up, capacity, values, counts, placed.astype(np.int32)
-    )
+    seconds, kept = time.monotonic() - begin, placed.astype(np.int32)
+    for column in (values, counts, kept):  # they are used again
+        column.setflags(write=False)
+    return Solution(bins, best_fit, bound, seconds, status, unit, rounded_up, capacity, values, counts, kept)
 
 
 def _best_rounding(
-    found: Relaxation, items: IntArray, values: IntArray, counts: IntArray, capacity: int, most: int, bound: int
-) -> IntArray:
+    found: Relaxation, items: IntArray, values: IntArray, counts: IntArray, capacity: int, most: int, bound: int,
+    deadline: float,
+) -> IntArray:  # fmt: skip
     """Return the bin of each item, by the rounding of the patterns' times that needs the fewest bins."""
     classes = np.repeat(found.classes_of(values)[::-1], counts[::-1])
     best: IntArray | None = None
@@ -192,7 +194,7 @@ def _best_rounding(
         placed = _round(found.patterns, times, items, classes, capacity, most)
         if best is None or placed.max() < best.max():
             best = placed
-        if best.max() + 1 == bound:
+        if best.max() + 1 == bound or time.monotonic() > deadline:
             break
     return best if best is not None else items
 

@@ -223,12 +223,11 @@ class PieceDataset(Dataset[Any]):
             parts = self.dataset.datasets
             named = parts if isinstance(parts, Mapping) else dict(enumerate(parts))
             keys = self._two(tuple(named) if self.fields is None else self.fields, tuple(named))
-            source_of, target_of = (PieceDataset(named[key]) for key in keys)
-            return FetchedPair(
-                source_of.__getitems__(PieceIndices(indices, source)),
-                target_of.__getitems__(PieceIndices(indices, indices.placement)),
-                keys,
-            )
+            served = [
+                _only(key, PieceDataset(named[key]).__getitems__(PieceIndices(indices, placement)))
+                for key, placement in zip(keys, (source, indices.placement), strict=True)
+            ]
+            return FetchedPair(served[0], served[1], keys)
         items, found = self._fields(indices)
         keys = self._two(found, found)
         sides = [
@@ -301,6 +300,16 @@ class PieceDataset(Dataset[Any]):
         if target not in keys:
             raise ValueError(f"next_token must name the field whose next tokens are the targets, one of {list(keys)}")
         return target
+
+
+def _only(side: Key, fetched: Fetched) -> Fetched:
+    """Return one side of pairs with its only field as the tokens themselves."""
+    if len(fetched.columns) != 1:
+        raise ValueError(
+            f"side {side!r} of the pairs has the fields {list(fetched.columns)}, and one is what a side is: stack "
+            "datasets of tokens, or use items with two fields"
+        )
+    return fetched._replace(columns={None: next(iter(fetched.columns.values()))}, target=None)
 
 
 def _column(key: Key, items: dict[int, Any], placement: Placement, one_more: bool) -> Column:

@@ -194,7 +194,7 @@ def _read_pairs(
 ) -> ArrayLike:
     if len(sides) != 2 or sides[0].column == sides[1].column:
         raise ValueError(f"pairs are in two columns, source and target, got {[side.column for side in sides]}")
-    source, target = (np.asarray(reader(side, io.BytesIO(content))) for side in sides)
+    source, target = (as_lengths(reader(side, io.BytesIO(content))) for side in sides)
     if len(source) != len(target):
         raise ValueError(
             f"{sides[0].name}: column {sides[0].column!r} has {len(source)} rows, column {sides[1].column!r} "

@@ -262,12 +262,14 @@ def _in_order(strategy: Strategy) -> Strategy:
 
 def _check_whole(sampler: PlanBatchSampler) -> None:
     left_out = sampler.plan.dropped[sampler.plan.dropped["reason"] != "empty"]
-    advice = 'choose overlong="split" or "alone", and tail="split"'
-    if sampler.plan.pairs and sampler.plan.dropped["length"].any():
-        left_out = sampler.plan.dropped[sampler.plan.dropped["length"].any(axis=1)]
+    cuts = "" if sampler.plan.pairs else '"split" or '
+    advice = f'choose overlong={cuts}"alone", and tail="split"'
+    empty = sampler.plan.dropped[sampler.plan.dropped["reason"] == "empty"]
+    half = empty[empty["length"].any(axis=1)] if sampler.plan.pairs else empty[:0]
+    if len(half):
         raise ValueError(
-            f"train=False leaves nothing out, but {len(left_out)} pairs have an empty side or do not fit, the first of "
-            f"them pair {left_out['sequence'][0]}: fill both sides, and {advice}"
+            f"train=False leaves nothing out, but {len(half)} pairs have an empty side, the first of them pair "
+            f"{half['sequence'][0]}: fill both sides, or leave such pairs out of the dataset"
         )
     if len(left_out):
         raise ValueError(

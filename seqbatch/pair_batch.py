@@ -16,10 +16,10 @@ __all__ = ["PairBatch"]
 class PairBatch:
     """What a loader yields for pairs: both sides as :class:`~seqbatch.SequenceBatch`, one pair a lane on each.
 
-    Each side has its own steps, ``data``, ``mask``, ``reset`` and what else such a batch has, by name, by number, or
-    unpacked: ``source, target = batch``. Loss is the target's: ``batch.target.targets``, ``loss_mask``, and the
-    counts, which are the batch's too. An encoder-decoder's attention takes ``batch.source.mask``, so that no
-    output depends on how long the sources of other lanes are.
+    Each side has its own steps, ``data``, ``mask``, ``reset`` and what else such a batch has: ``batch["source"]`` by
+    the dataset's field, ``batch.source``, or unpacked, ``source, target = batch``. Loss is the target's:
+    ``batch.target.targets``, ``loss_mask``, and the counts, which are the batch's too. An encoder-decoder's attention
+    takes ``batch.source.mask``, so that no output depends on how long the sources of other lanes are.
 
     Attributes:
         source: The first side; its data (Ts, B, ...).

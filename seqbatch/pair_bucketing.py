@@ -61,19 +61,37 @@ def _edges(strategy: "Bucketing", lengths: IntArray) -> IntArray:
         if not len(fitting):
             return np.empty((0, 2), np.int64)
         edges = find_pair_edges(fitting, strategy.num_buckets or 16, multiple=multiple)
-    return edges[strategy.lanes_at(edges) > 0] if strategy.static_shapes else edges
+    if not strategy.static_shapes:
+        return edges
+    edges = edges[strategy.lanes_at(edges) > 0]
+    return edges if strategy.bucket_edges is not None else _with_more(strategy, round_up(fitting, multiple), edges)
+
+
+def _with_more(strategy: "Bucketing", padded: IntArray, edges: IntArray) -> IntArray:
+    """Add edges within the budget until every pair that fits alone has one that holds it."""
+    count = 1
+    while True:
+        padded = padded[assign_pairs(padded, edges, edges.sum(axis=1)) == len(edges)]
+        if not len(padded):
+            return edges
+        # Edges of few pairs are those of their own lengths at last, which fit.
+        more = find_pair_edges(padded, count) if count < len(padded) else np.unique(padded, axis=0)
+        edges = np.concatenate([edges, more[strategy.lanes_at(more) > 0]])
+        count *= 2
 
 
 def _fit(strategy: "Bucketing", lengths: IntArray, edges: IntArray | None) -> tuple[IntArray, str]:
     """Return (P,) the bucket of each pair, 0 for all where there are none, -1 where it fits into no batch; and why."""
-    why = (
-        f"{'batch_size' if strategy.max_tokens is None else 'max_tokens'}={strategy.max_tokens or strategy.batch_size}"
-    )
-    why += f" at cost={strategy.cost}" if strategy.cost != (1.0, 0.0) else ""
-    why += f' of budget="{strategy.budget}"' if strategy.budget != "sum" else ""
+    settings = {
+        "max_tokens": strategy.max_tokens,
+        "cost": None if strategy.cost == (1.0, 0.0) else strategy.cost,
+        "budget": None if strategy.budget == "sum" else strategy.budget,
+        "pad_to_multiple_of": None if strategy.pad_to_multiple_of == 1 else strategy.pad_to_multiple_of,
+        "bucket_edges": strategy.bucket_edges,
+    }
+    why = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
     bucket = np.zeros(len(lengths), np.int64)
     if edges is not None:
-        why += f" with {'bucket_edges' if strategy.bucket_edges is not None else f'{len(edges)} buckets'}"
         bucket = assign_pairs(lengths, edges, edges.sum(axis=1))
         bucket[bucket == len(edges)] = -1
     bucket[strategy.lanes_at(round_up(lengths, strategy.pad_to_multiple_of)) == 0] = -1

@@ -42,8 +42,11 @@ def find_pair_edges(lengths: IntArray, num_buckets: int, *, multiple: int = 1) -
     place = [smallest_holding(edges, padded[:, side]) for side, edges in enumerate(sides)]
     shape = (len(sides[0]), len(sides[1]))
     counts = np.bincount(place[0] * shape[1] + place[1], minlength=shape[0] * shape[1]).reshape(shape)
-    cells, edges = _strips(counts, sides[0], sides[1], num_buckets)
-    cells_across, across = _strips(counts.T, sides[1], sides[0], num_buckets)
+    # Cells are added up in int64: beyond it they are counted in larger units.
+    longest = int(sides[0][-1]) + int(sides[1][-1])
+    shift = max(0, (len(lengths) * longest).bit_length() - 62)
+    cells, edges = _strips(counts, sides[0], sides[1], num_buckets, shift)
+    cells_across, across = _strips(counts.T, sides[1], sides[0], num_buckets, shift)
     return across[:, ::-1].copy() if cells_across < cells else edges
 
 
@@ -56,28 +59,28 @@ def _grid(lengths: IntArray) -> IntArray:
     return values if len(values) <= GRID else EDGE_RULES["optimal"](values, counts, GRID, 1)
 
 
-def _strips(counts: IntArray, first: IntArray, second: IntArray, num_buckets: int) -> tuple[int, IntArray]:
+def _strips(counts: IntArray, first: IntArray, second: IntArray, num_buckets: int, shift: int) -> tuple[int, IntArray]:
     """Return the fewest cells, and the (K, 2) edges, where the first side is cut into strips."""
     from seqbatch.pair_kernels import best_strips, strip_cells
 
     most = min(num_buckets, int(np.count_nonzero(counts)))
-    cells = strip_cells(np.ascontiguousarray(counts), first, second, min(most, len(second)))
+    cells = strip_cells(np.ascontiguousarray(counts), first >> shift, second >> shift, min(most, len(second)))
     begins, shares = np.empty(most, np.int64), np.empty(most, np.int64)
     total, number = best_strips(cells, most, begins, shares)
     ends = np.append(begins[1:number], len(first))
     edges = [
-        _edges_of(counts[begin:end].sum(axis=0), second, int(share), int(first[end - 1]))
+        _edges_of(counts[begin:end].sum(axis=0), second, int(share), int(first[end - 1]), shift)
         for begin, end, share in zip(begins[:number], ends, shares[:number], strict=True)
     ]
     return int(total), np.concatenate(edges)
 
 
-def _edges_of(counts: IntArray, values: IntArray, share: int, strip: int) -> IntArray:
+def _edges_of(counts: IntArray, values: IntArray, share: int, strip: int, shift: int) -> IntArray:
     """Return the (share, 2) edges of one strip, whose own edge is `strip`."""
     from seqbatch.kernels import optimal_splits
 
     filled = np.flatnonzero(counts)
-    splits = values[filled][optimal_splits(values[filled], counts[filled], min(share, len(filled)))]
+    splits = values[filled][optimal_splits(values[filled] >> shift, counts[filled], min(share, len(filled)))]
     return np.stack([np.full(len(splits), strip), splits], axis=1)
 
 

@@ -51,6 +51,9 @@ def cut_pairs(
             end = begin + 1
             while end < stop and end - begin < most:
                 c, d = max(a, first[end]), max(b, second[end])
+                rough = float(first_cost[c]) + float(second_cost[d]) if sums else 0.0
+                if (end - begin + 1) * max(rough, float(first_cost[c]), float(second_cost[d])) > 1.5 * budget:
+                    break  # where int64 might not hold the exact product
                 each = first_cost[c] + second_cost[d] if sums else max(first_cost[c], second_cost[d])
                 if (end - begin + 1) * each > budget:
                     break

@@ -127,7 +127,8 @@ class Plan:
             raise ValueError(f"batch_ptr must rise from 0 to the {pieces} pieces, got {ptr}")
         if self.pairs:
             self._check_pairs()
-        if (self._lane_cells.astype(np.float64) * self.lanes).sum() > MOST:
+        each = self.steps.astype(np.float64)
+        if ((each.sum(axis=1) if self.pairs else each) * self.lanes).sum() > MOST:
             raise ValueError("the plan has more than 2**62 cells: smaller batches, lengths or multiples would do")
         check_integer("seed", self.seed, at_least=0)
         check_integer("epoch", self.epoch, at_least=0)

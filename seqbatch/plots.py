@@ -191,6 +191,8 @@ def plot_batches(
         lanes: Lanes drawn of a batch. Below it is its whole shape, steps × lanes, where there is room.
         ax: Where to draw; None makes a figure.
     """
+    if plan.pairs:
+        raise ValueError("a plan of pairs has two grids a batch: draw one side, plan.sides[0] or plan.sides[1]")
     ax = ax or _new_axes()
     gap = max(1, steps // 50)
     begin = tallest = 0

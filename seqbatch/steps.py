@@ -146,6 +146,8 @@ class PairBatches:
     ) -> None:
         self.source = RankBatches(plan.sides[0], lengths[:, 0], batches, None, False)
         self.target = RankBatches(plan.sides[1], lengths[:, 1], batches, None, next_token)
+        # Whose tokens show shapes and dtypes where there is no pair: on both sides it must have some.
+        self.source.template = self.target.template = int(np.argmax(lengths.min(axis=1) > 0))
 
     def place(self, step: int, common: dict[str, Any]) -> PieceIndices:
         """Return the batch of a step."""

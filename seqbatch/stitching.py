@@ -36,6 +36,8 @@ def stitch(outputs: Iterable[tuple[SequenceBatch, Any]]) -> Iterator[tuple[int, 
     parts: dict[int, dict[int, Tensor]] = {}
     missing: dict[int, int] = {}
     for batch, output in outputs:
+        if not isinstance(batch, SequenceBatch):
+            raise TypeError(f"stitch takes SequenceBatches, got {type(batch).__name__}: of pairs stitch batch.target")
         at = batch.placement
         columns = (at.sequence, at.start + at.left_context, at.left_context, at.length - at.right_context, at.whole)
         rows = zip(*(column.tolist() for column in columns), strict=True)

@@ -155,6 +155,44 @@ def test_hugging_face_models_get_their_arguments() -> None:
         next(iter(make_loader(stacked(), Padding(7), lengths=LENGTHS, as_dict=True, next_token=True)))
 
 
+def test_a_rank_without_a_lane_learns_its_dtypes_from_a_whole_pair() -> None:
+    """Not from one whose source is empty, a list that says nothing of its tokens."""
+    data = [([], [1, 2]), *(([3, 4], [5]) for _ in range(5))]
+    lengths = [(len(source), len(target)) for source, target in data]
+    for rank in range(4):
+        for batch in make_loader(data, Padding(1, shuffle=False), lengths=lengths, rank=rank, num_replicas=4):
+            assert batch.source.data.dtype == batch.target.data.dtype == torch.int64
+
+
+def test_sides_of_a_stack_have_one_field() -> None:
+    """Which may be named; with several it is not clear which are the tokens."""
+    stack = StackDataset([{"ids": s} for s in SOURCES], [{"ids": t} for t in TARGETS])
+    seen = {}
+    for batch in make_loader(stack, Padding(7), lengths=LENGTHS, next_token=True):
+        seen |= rows(batch)
+    assert len(seen) == len(LENGTHS)
+    assert set(next(iter(make_loader(stack, Padding(7), lengths=LENGTHS, as_dict=True)))) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+    }
+    two = StackDataset([{"ids": s, "more": s} for s in SOURCES], TokenArray.of_sequences(TARGETS))
+    with pytest.raises(
+        ValueError, match=r"side 0 of the pairs has the fields \['ids', 'more'\], and one is what a side is"
+    ):
+        next(iter(make_loader(two, Padding(7), lengths=LENGTHS)))
+
+
+def test_what_takes_one_side_says_so() -> None:
+    """Stitching and drawing."""
+    loader = make_loader(stacked(), Padding(7), lengths=LENGTHS)
+    with pytest.raises(TypeError, match=r"got PairBatch: of pairs stitch batch.target"):
+        list(stitch((batch, batch.target.data) for batch in loader))
+    plot_batches = pytest.importorskip("seqbatch.plots").plot_batches
+    with pytest.raises(ValueError, match=r"draw one side, plan.sides\[0\]"):
+        plot_batches(loader.plan)
+
+
 def test_outputs_on_targets_are_stitched() -> None:
     """Evaluation keeps the dataset's order."""
     loader = make_loader(stacked(), Bucketing(max_tokens=90), lengths=LENGTHS, train=False)
@@ -176,7 +214,7 @@ def test_pairs_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="60 sequences"):
         make_loader(stacked(), Padding(7), lengths=LENGTHS[:5])
     data = StackDataset(TokenArray.of_sequences([[1], [2, 3]]), TokenArray.of_sequences([[1], []]))
-    with pytest.raises(ValueError, match="1 pairs have an empty side or do not fit, the first of them pair 1"):
+    with pytest.raises(ValueError, match="1 pairs have an empty side, the first of them pair 1: fill both sides"):
         make_loader(data, Padding(2), lengths=[[1, 1], [2, 0]], train=False)
     (batch,) = make_loader(data, Padding(2), lengths=[[1, 1], [2, 0]])
     assert batch.placement.sequence.tolist() == [0]

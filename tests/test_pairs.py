@@ -190,10 +190,51 @@ def test_the_command_line_reads_two_columns(tmp_path: Path) -> None:
 
     assert [row["strategy"] for row in json.loads(counted.stdout)["rows"]] == list(PAIR_STRATEGIES)
     assert planned.stdout.startswith("batch,steps,source_steps,target_steps,lanes,cells,tokens,pieces\n")
-    assert "pairs one by one" in run(main, ["stats", str(path), "--columns", "src,tgt"]).output
+    assert "these are pairs" in run(main, ["stats", str(path), "--columns", "src,tgt"]).output
     assert "give either --column" in run(main, ["simulate", str(path), "--columns", "a,b", "--column", "a"]).output
+    assert "give that file" in run(main, ["simulate", "--gamma", "2,3", "--columns", "src,tgt"]).output
     assert "names of two columns" in run(main, ["simulate", str(path), "--columns", "src"]).output
     assert run(main, ["simulate", "--corpus", "tatoeba_en_zh", "--batch-sizes", "64"]).exit_code == 0
+
+
+@given(strategies.pair_lengths(40), st.integers(1, 9), st.integers(0, 60), st.sampled_from(["sum", "max"]))
+def test_static_shapes_hold_every_pair_that_fits_alone(
+    lengths: np.ndarray, num_buckets: int, more: int, budget: str
+) -> None:
+    """However few edges are wanted: none of those found is over a budget that its pairs are within."""
+    lengths = np.maximum(lengths, 1)
+    most = int(getattr(lengths, "sum" if budget == "sum" else "max")(axis=1).max()) + more
+    strategy = Bucketing(max_tokens=most, num_buckets=num_buckets, static_shapes=True, budget=budget)
+    plan = strategy.plan(lengths)
+
+    laws.law_budget(plan, strategy)
+    assert plan.tokens == lengths.sum()
+
+
+@pytest.mark.parametrize(
+    "strategy", [Bucketing(max_tokens=2**62), Bucketing(max_tokens=2**62, num_buckets=3)], ids=repr
+)
+def test_huge_lengths_do_not_overflow(strategy: Bucketing) -> None:
+    """Near 2**62 tokens on a side: planned within the budget, or refused."""
+    for lengths in (
+        [[1, 1]] * 7 + [[2**60 - 50, 1]] + [[1, 1]] * 20,
+        [[1, 1], [2, 2], [3, 3]] * 300 + [[2**55, 2**55]],
+    ):
+        plan = strategy.plan(lengths)
+        assert plan.tokens == sum(map(sum, lengths))
+        assert all(sum(map(int, part.steps)) * int(part.lanes) <= 2**62 for part in plan)
+    for padding in (Padding(1, pad_to_multiple_of=2**62), Bucketing(batch_size=2, pad_to_multiple_of=2**62)):
+        with pytest.raises(ValueError, match=r"more than 2\*\*62 cells"):
+            padding.plan([[3, 3]])
+    with pytest.raises(ValueError, match="does not allow"):
+        Bucketing(max_tokens=2**62, pad_to_multiple_of=2**62).plan([[3, 3]])
+
+
+def test_edges_may_be_arrays() -> None:
+    """As numpy makes them."""
+    edges = np.array([[4, 4], [9, 9]])
+    assert Bucketing(max_tokens=99, bucket_edges=edges) == Bucketing(max_tokens=99, bucket_edges=[(4, 4), (9, 9)])
+    assert Bucketing(max_tokens=99, bucket_edges=list(edges)).bucket_edges == ((4, 4), (9, 9))
 
 
 def test_a_pair_with_an_empty_side_is_listed() -> None:
@@ -219,6 +260,12 @@ def test_a_pair_over_budget_follows_the_policy() -> None:
         ValueError, match=r"pair 1 has 5 \+ 9 tokens, which max_tokens=10 does not allow \(1 of 3 pairs"
     ):
         Bucketing(max_tokens=10).plan(lengths)
+    with pytest.raises(
+        ValueError, match=r"pair 0 has 1 \+ 1 tokens, which max_tokens=8, pad_to_multiple_of=8 does not"
+    ):
+        Bucketing(max_tokens=8, pad_to_multiple_of=8).plan([[1, 1]])
+    with pytest.raises(ValueError, match=r"pair 1 has 5 \+ 9 tokens, which bucket_edges=\(\(5, 5\),\) does not allow"):
+        Bucketing(batch_size=8, bucket_edges=[(5, 5)]).plan(lengths)
     assert Bucketing(max_tokens=10, overlong="drop").plan(lengths).dropped["length"].tolist() == [[5, 9]]
     alone = Bucketing(max_tokens=10, overlong="alone").plan(lengths)
     assert sorted((alone.steps.sum(axis=1) * alone.lanes).tolist()) == [10, 14]
