@@ -47,6 +47,8 @@ bench: $(VENV)/test.installed $(VENV)/integrations.installed
 	PYTHONPATH=. $(BIN)/python -m experiments.sequential_mnist.run
 	PYTHONPATH=. $(BIN)/python -m experiments.char_lm.run
 	PYTHONPATH=. $(BIN)/python -m experiments.attentive_reader.run
+	PYTHONPATH=. $(BIN)/python -m experiments.translation.speed
+	PYTHONPATH=. $(BIN)/python -m experiments.translation.run
 
 # Needs a CUDA device and no network: uses the Python at hand, with torch and triton as they are installed.
 gpu:

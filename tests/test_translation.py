@@ -1,15 +1,18 @@
 """experiments/translation: what a pair gets depends neither on batch mates nor on their padding, on either side."""
 
 import gzip
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import StackDataset
 
 from experiments.translation.bleu import bleu
 from experiments.translation.model import RNNS, Translator
 from experiments.translation.pairs import BOS, EOS, Corpus, part_of, words
-from seqbatch import PadCollate, SequenceBatch
+from experiments.translation.train import STRATEGIES, Learner, Settings, evaluate, train, translations
+from seqbatch import Padding, SequenceBatch, TokenArray, make_loader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +32,13 @@ def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def together(some: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[SequenceBatch, SequenceBatch]:
-    """A padded batch of pairs, as a loader makes it."""
-    sources, targets = zip(*some, strict=True)
-    return PadCollate()(sources), PadCollate(next_token=True)(targets)
+    """The padded batch of all pairs, as a loader makes it."""
+    source, target = (TokenArray.of_sequences(side) for side in zip(*some, strict=True))
+    dataset = StackDataset(source=source, target=target)
+    lengths = [(len(s), len(t)) for s, t in some]
+    strategy = Padding(len(some), shuffle=False)
+    (batch,) = make_loader(dataset, strategy, lengths=lengths, next_token="target", train=False)
+    return batch["source"], batch["target"]
 
 
 def translator(name: str) -> Translator:
@@ -97,27 +104,7 @@ def test_loss_counts_real_targets(name):
 
 @pytest.mark.parametrize("name", RNNS)
 def test_translations_do_not_depend_on_the_batch(name):
-    """Greedy translations are the same alone and in a batch, and those of a model that sees all steps at once."""
-    torch.manual_seed(3)
-    model = translator(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 3  # so that translations differ
-    source, _ = together(pairs())
-    found = model.translate(source.data, source.mask, max_steps=12)
-    alone = [model.translate(s[:, None], torch.ones(len(s), 1).bool(), max_steps=12)[0] for s, _ in pairs()]
-    assert found == alone
-    assert len({tuple(lane) for lane in found}) > 3
-    for (source, _), lane in zip(pairs(), found, strict=True):
-        read = torch.tensor([BOS, *lane])[:, None]
-        logits = model(source[:, None], torch.ones(len(source), 1).bool(), read, torch.ones_like(read).bool())[:, 0]
-        logits[:, [0, BOS]] = -torch.inf
-        assert logits.argmax(-1).tolist()[: len(lane)] == lane
-
-
-@pytest.mark.parametrize("name", RNNS)
-def test_it_learns(name):
-    """Some updates on a few pairs, and it translates them."""
+    """A model that has learnt some pairs translates them, alone and in a batch; as one that sees all steps at once."""
     torch.manual_seed(0)
     model = Translator(name, SOURCES, TARGETS, size=32, dropout=0.0)
     source, target = together(pairs())
@@ -126,7 +113,51 @@ def test_it_learns(name):
         (model.losses(source, target) * target.loss_scale).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert model.translate(source.data, source.mask) == [t[1:-1].tolist() for _, t in pairs()]
+    found = model.double().translate(source.data, source.mask)
+    assert found == [t[1:-1].tolist() for _, t in pairs()]
+    assert found == [model.translate(s[:, None], torch.ones(len(s), 1).bool())[0] for s, _ in pairs()]
+    logits = model(source.data, source.mask, target.data, target.mask)
+    assert torch.equal(logits.argmax(-1)[target.loss_mask], target.targets[target.loss_mask])
+
+
+def test_translations_are_in_the_order_of_the_data(tmp_path):
+    """Whatever batches a part is translated in, each pair gets its own translation; losses are those pair by pair."""
+    corpus = Corpus.read(small_corpus(tmp_path), at_least=1)
+    part, model = corpus.parts["valid"], Learner.of(corpus, "SRU", Settings(size=SIZE)).model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 3
+    found = translations(model, corpus, part)
+    for i in range(len(found)):
+        source = torch.as_tensor(part.source[i]).long()[:, None]
+        assert found[i] == corpus.text(model.translate(source, torch.ones_like(source).bool())[0])
+    alone = [
+        together([(torch.as_tensor(s), torch.as_tensor(t))]) for s, t in zip(part.source, part.target, strict=True)
+    ]
+    losses = sum(model.losses(*pair).item() for pair in alone) / (part.lengths[:, 1] - 1).sum()
+    assert evaluate(model, part) == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_training_learns(strategy, tmp_path):
+    """Each way to batch trains on every token of every epoch, and the loss falls."""
+    pytest.importorskip("sacrebleu")
+    corpus = Corpus.read(small_corpus(tmp_path), at_least=1)
+    row, curve, found = train(corpus, "SRU", strategy, Settings(size=16, epochs=3))
+    tokens = int(corpus.parts["train"].lengths.sum())
+    assert [point["tokens"] for point in curve] == [tokens, 2 * tokens, 3 * tokens]
+    assert curve[-1]["valid_loss"] < curve[0]["valid_loss"]
+    assert len(found) == len(corpus.parts["test"].texts) and row["updates"] == curve[-1]["updates"]
+
+
+def small_corpus(folder: Path) -> Path:
+    """A file of pairs that are easy to learn, of many lengths."""
+    path = folder / "pairs.tsv.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for i in range(300):
+            numbers = [str(i // 10**n % 10) for n in range(1 + i % 7)]
+            file.write(f"{' '.join(numbers)} .\t{''.join('零一二三四五六七八九'[int(n)] for n in numbers)}。\n")
+    return path
 
 
 def test_corpus_is_whole_and_divided():
