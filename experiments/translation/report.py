@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.lm_strategies.report import table
-from experiments.translation.train import PADDING, STRATEGIES
+from experiments.translation.train import PADDING, RATES, STRATEGIES
 
 __all__ = ["QUIET", "report", "speed_table"]
 
@@ -46,10 +46,11 @@ def training_table(results: pd.DataFrame, speeds: pd.DataFrame) -> str:
     """Losses and BLEU of each configuration, and the seconds that its tokens take at the speed measured apart."""
     rate = quiet(speeds).groupby(["model", "strategy"])["tokens_per_s"].median()
     lines = []
-    for (model, strategy), rows in results.groupby(["model", "strategy"], sort=False):
+    for (model, strategy, lr), rows in results.groupby(["model", "strategy", "lr"], sort=False):
         tokens = rows["updates"] * rows["tokens_per_update"]
         lines.append({
             "": f"{model}, {strategy}",
+            "rate": f"{lr:g}",
             "updates": f"{rows['updates'].mean():,.0f}",
             "validation": spread(rows["valid_loss"], 3),
             "test": spread(rows["test_loss"], 3),
@@ -74,8 +75,10 @@ def draw(curves: pd.DataFrame, speeds: pd.DataFrame, path: Path) -> None:
 
     rate = quiet(speeds).groupby(["model", "strategy"])["tokens_per_s"].median()
     models = list(dict.fromkeys(curves["model"]))
-    figure, axes = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), sharey=True, layout="constrained")
-    for model, ax in zip(models, axes, strict=True):
+    figure, axes = plt.subplots(
+        1, len(models), squeeze=False, figsize=(4.6 * len(models), 3.4), sharey=True, layout="constrained"
+    )
+    for model, ax in zip(models, axes[0], strict=True):
         for strategy in STRATEGIES:
             colour, marker = STYLES[strategy]
             own = curves[(curves["model"] == model) & (curves["strategy"] == strategy)]
@@ -86,8 +89,8 @@ def draw(curves: pd.DataFrame, speeds: pd.DataFrame, path: Path) -> None:
         ax.set(xlabel="seconds of training", xlim=(0, None))
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation loss, nats a target token")
-    axes[0].legend(frameon=False)
+    axes[0][0].set_ylabel("validation loss, nats a target token")
+    axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"wrote {path}")
@@ -102,7 +105,8 @@ def sample_table(samples: pd.DataFrame) -> str:
 
 
 def report(results: pd.DataFrame, curves: pd.DataFrame, speeds: pd.DataFrame, samples: pd.DataFrame) -> None:
-    """Print the tables and draw figure.png."""
+    """Print the tables and draw figure.png, curves and samples with the learning rates of RATES."""
+    curves, samples = (rows[rows["lr"] == rows["model"].map(RATES)] for rows in (curves, samples))
     for text in (speed_table(speeds), training_table(results, speeds), sample_table(samples)):
         print(f"\n{text}\n")
     draw(curves, speeds, HERE / "figure.png")

@@ -16,10 +16,10 @@ from experiments.sru_classification.run import record
 from experiments.translation.model import RNNS
 from experiments.translation.pairs import PAIRS, Corpus
 from experiments.translation.report import report
-from experiments.translation.train import STRATEGIES, Settings, train
+from experiments.translation.train import RATES, STRATEGIES, Settings, train
 
 HERE = Path(__file__).parent
-KEY = ["model", "strategy", "seed"]
+KEY = ["model", "strategy", "lr", "seed"]
 SAMPLES = 12  # test sentences whose translations are kept, evenly over the lengths
 
 
@@ -62,7 +62,7 @@ def main(
             for strategy in strategies or STRATEGIES:
                 elsewhere = Elsewhere()
                 row, curve, found = train(corpus, rnn, strategy, settings, seed)
-                key = {"model": rnn, "strategy": strategy, "seed": seed}
+                key = {"model": rnn, "strategy": strategy, "lr": lr or RATES[rnn], "seed": seed}
                 row |= {"elsewhere": elsewhere.share()}
                 print(", ".join(f"{name} {value}" for name, value in (key | row).items()), flush=True)
                 if quick or pairs:

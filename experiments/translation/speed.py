@@ -62,8 +62,10 @@ def main(turns: int, batches: int, size: int, quick: bool) -> None:
     corpus, settings = Corpus.read(), Settings(size=size)
     keys = [(rnn, strategy) for rnn in RNNS for strategy in STRATEGIES]
     jobs = {key: Job(corpus, *key, settings) for key in tqdm(keys, desc="warming up", disable=None)}
-    rows = []
-    for turn in tqdm(range(turns), desc="turns", disable=None):
+    rows, before = [], 0
+    if (HERE / "speeds.csv").exists() and not quick:
+        before = int(pd.read_csv(HERE / "speeds.csv")["turn"].max()) + 1
+    for turn in tqdm(range(before, before + turns), desc="turns", disable=None):
         for (rnn, strategy), job in jobs.items():
             key = {"model": rnn, "strategy": strategy, "size": size, "turn": turn}
             rows.append(key | job.turn(batches))
