@@ -19,7 +19,8 @@ class PairBatch:
     Each side has its own steps, ``data``, ``mask``, ``reset`` and what else such a batch has: ``batch["source"]`` by
     the dataset's field, ``batch.source``, or unpacked, ``source, target = batch``. Loss is the target's:
     ``batch.target.targets``, ``loss_mask``, and the counts, which are the batch's too. An encoder-decoder's attention
-    takes ``batch.source.mask``, so that no output depends on how long the sources of other lanes are.
+    takes ``batch.source.mask``, so that no output depends on how long the sources of other lanes are. A decoder that
+    starts from the encoder's state takes no ``reset``, which would clear it.
 
     Attributes:
         source: The first side; its data (Ts, B, ...).
