@@ -126,7 +126,7 @@ def law_deterministic(strategy: Strategy, lengths: np.ndarray) -> None:
     others = [strategy.plan(lengths, seed=3, epoch=2), strategy.plan(lengths, seed=4, epoch=1)]
     if not strategy.shuffle:
         assert all(plan.digest == other.digest for other in others)
-    elif len(plan) > 3 and len(plan.sequence) > 30:
+    elif len(plan) > 3 and len(np.unique(plan.sequence)) > 30:  # windows of one long sequence have no mates
         assert all(plan.digest != other.digest for other in others), "the same batches every epoch"
 
 
