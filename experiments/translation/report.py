@@ -46,6 +46,10 @@ def training_table(results: pd.DataFrame, speeds: pd.DataFrame) -> str:
     """Losses and BLEU of each configuration, and the seconds that its tokens take at the speed measured apart."""
     rate = quiet(speeds).groupby(["model", "strategy"])["tokens_per_s"].median()
     lines = []
+    order = {"model": list(RATES), "strategy": list(STRATEGIES)}
+    ranked = {name: results[name].map(order[name].index) for name in order}
+    ranked |= {"other": results["lr"] != results["model"].map(RATES)}
+    results = results.loc[pd.DataFrame(ranked).sort_values(["other", "model", "strategy"]).index]
     for (model, strategy, lr), rows in results.groupby(["model", "strategy", "lr"], sort=False):
         tokens = rows["updates"] * rows["tokens_per_update"]
         lines.append({
